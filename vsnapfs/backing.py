@@ -1,0 +1,359 @@
+"""The files and block devices underneath: replica, diff area, state file.
+
+Owns every file descriptor of a volume's data: opening with a lock, whole reads and writes,
+syncs, reserving space, noticing that the file has been taken away. Promises:
+
+* a read returns exactly what was asked or raises OSError (a short read is EIO);
+* a write writes everything or raises OSError;
+* `sync` that failed once has failed: the caller must never take a later success as covering it;
+* two processes never hold the same file or device at the same time (promise S1).
+
+Leaves all meaning of the bytes to others. Plain synchronous Python; knows no trio and no FUSE.
+Tests put a simulated disk in the place of `FileBacking`; `Backing` says what it must offer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from .errors import BusyError, VsnapError
+
+_BLKGETSIZE64 = 0x80081272
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
+_CANNOT_TELL = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Identity(NamedTuple):
+    """What tells one state of a file from another: a change means somebody wrote to it."""
+
+    device: int
+    inode: int
+    size: int
+    ctime_ns: int
+
+
+class Removed(OSError):
+    """The path no longer leads to the open file (unlinked, replaced, unmounted)."""
+
+
+class Backing(Protocol):
+    """A randomly accessible store of bytes. All offsets and lengths are in bytes."""
+
+    path: Path
+    is_device: bool
+
+    def size(self) -> int:
+        """Bytes it holds now."""
+        ...
+
+    def read(self, offset: int, length: int) -> Bytes:
+        """Exactly `length` bytes. OSError otherwise, EIO when the file is too short."""
+        ...
+
+    def read_cached(self, offset: int, length: int) -> Bytes | None:
+        """Like `read`, but None if it would have to wait for the disk."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`, or OSError."""
+        ...
+
+    def write(self, offset: int, data: Bytes) -> None:
+        """Write all of `data`, or OSError (then any part may have been written)."""
+        ...
+
+    def sync(self) -> None:
+        """Everything written so far survives power loss, or OSError."""
+        ...
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve real space and extend the file to `offset + length` if it is shorter."""
+        ...
+
+    def truncate(self, size: int) -> None:
+        """Set the size. Not for devices."""
+        ...
+
+    def has_hole(self, offset: int, length: int) -> bool:
+        """True if writing in the range could still need space from the host."""
+        ...
+
+    def check_present(self) -> None:
+        """Raise `Removed` if the path does not lead to this open file any more."""
+        ...
+
+    def identity(self) -> Identity:
+        """The file as it is now. See `Identity`."""
+        ...
+
+    def forget_cache(self) -> None:
+        """Ask the host to read from the disk again (a hint)."""
+        ...
+
+    def reopen(self) -> None:
+        """Open the path anew: what an earlier failed sync dropped is not reported again."""
+        ...
+
+    def close(self) -> None:
+        """Give up the lock. Syncs nothing."""
+        ...
+
+
+# --- fallocate(2) itself: libc's posix_fallocate would emulate it by writing -------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+
+def fallocate(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), mode 0. OSError with its errno (EOPNOTSUPP where the host cannot)."""
+    while _fallocate(fd, 0, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def device_size(fd: int) -> int:
+    """Bytes on a block device."""
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+    return int(struct.unpack("=Q", buffer)[0])
+
+
+def file_system_type(path: Path) -> str:
+    """The type of the file system that holds `path`, e.g. "ext4"; "" if unknown.
+
+    Source: /proc/self/mountinfo, matched by device number.
+    """
+    try:
+        device = os.stat(path).st_dev
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    best = ""
+    for line in lines:
+        fields = line.split()
+        if fields[2] == wanted:
+            best = fields[fields.index("-") + 1]
+    return best
+
+
+def set_nocow(fd: int) -> bool:
+    """Ask btrfs not to copy this (still empty) file on write. False if that is not to be had."""
+    flags = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+        value = struct.unpack("=Q", flags)[0] | _FS_NOCOW_FL
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=Q", value))
+    except OSError:
+        return False
+    return True
+
+
+class FileBacking:
+    """A real file or block device, locked for this process from open to close."""
+
+    def __init__(self, path: Path, fd: int, *, is_device: bool, follow: bool = True) -> None:
+        """Take over an open, locked descriptor. Use `open` or `create`."""
+        self.path = path
+        self.is_device = is_device
+        self._fd = fd
+        self._follow = follow
+        self._nowait = os.RWF_NOWAIT if hasattr(os, "RWF_NOWAIT") else 0
+
+    # -- opening ------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path, *, follow: bool = True) -> FileBacking:
+        """Open an existing file or device read-write and lock it.
+
+        follow: whether a symbolic link is followed (never for names in the volume directory).
+        Raises FileNotFoundError and other OSErrors as they are, BusyError if another process
+        (or another volume in this one) holds it.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        is_device = stat.S_ISBLK(os.stat(path, follow_symlinks=follow).st_mode)
+        try:
+            # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
+            fd = os.open(path, flags | (os.O_EXCL if is_device else 0))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise BusyError(f"{path} is in use (mounted, or held by another process)") from None
+            raise
+        return cls._locked(path, fd, follow)
+
+    @classmethod
+    def create(cls, path: Path) -> FileBacking:
+        """Make a new, empty file (0600) and lock it. FileExistsError if there is one."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        return cls._locked(path, os.open(path, flags, 0o600), follow=False)
+
+    @classmethod
+    def _locked(cls, path: Path, fd: int, follow: bool) -> FileBacking:
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise VsnapError(f"{path} is neither a file nor a block device")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(
+                    f"{path} is in use by another process",
+                    hint="A volume has one server: look for it with 'vsnapfs status'.",
+                ) from None
+            return cls(path, fd, is_device=stat.S_ISBLK(mode), follow=follow)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    # -- reading and writing --------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Bytes it holds now."""
+        return device_size(self._fd) if self.is_device else os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> Bytes:
+        """See `Backing.read`."""
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
+        buffer = bytearray(length)
+        buffer[: len(data)] = data
+        self.read_into(offset + len(data), memoryview(buffer)[len(data) :])
+        return buffer
+
+    def read_cached(self, offset: int, length: int) -> Bytes | None:
+        """See `Backing.read_cached`."""
+        if not self._nowait:
+            return None
+        buffer = bytearray(length)
+        try:
+            count = os.preadv(self._fd, [buffer], offset, self._nowait)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in _CANNOT_TELL:
+                raise
+            self._nowait = 0
+            return None
+        return buffer if count == length else None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Backing.read_into`."""
+        while len(buffer):
+            count = os.preadv(self._fd, [buffer], offset)
+            if count == 0:
+                raise OSError(errno.EIO, f"{self.path} ends before byte {offset}")
+            buffer = buffer[count:]
+            offset += count
+
+    def write(self, offset: int, data: Bytes) -> None:
+        """See `Backing.write`."""
+        count = os.pwrite(self._fd, data, offset)
+        if count == len(data):
+            return
+        rest = memoryview(data)[count:]
+        while len(rest):
+            offset += count
+            count = os.pwrite(self._fd, rest, offset)
+            if count == 0:
+                raise OSError(errno.EIO, f"{self.path}: nothing could be written at {offset}")
+            rest = rest[count:]
+
+    def sync(self) -> None:
+        """See `Backing.sync`."""
+        os.fdatasync(self._fd)
+
+    # -- space ----------------------------------------------------------------------------------
+
+    def allocate(self, offset: int, length: int) -> None:
+        """See `Backing.allocate`. A device has its space: only the end is checked."""
+        if self.is_device:
+            if offset + length > self.size():
+                raise OSError(errno.ENOSPC, f"{self.path} has only {self.size()} bytes")
+            return
+        fallocate(self._fd, offset, length)
+
+    def truncate(self, size: int) -> None:
+        """See `Backing.truncate`."""
+        os.ftruncate(self._fd, size)
+
+    def has_hole(self, offset: int, length: int) -> bool:
+        """See `Backing.has_hole`. Space reserved but never written counts as a hole, too."""
+        if self.is_device:
+            return False
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_HOLE) < offset + length
+        except OSError as error:
+            if error.errno == errno.ENXIO or error.errno in _CANNOT_TELL:
+                return True
+            raise
+
+    def no_copy_on_write(self) -> bool:
+        """Turn off the host's own copy-on-write for this empty file (btrfs). False if refused."""
+        return set_nocow(self._fd)
+
+    # -- being there ----------------------------------------------------------------------------
+
+    def check_present(self) -> None:
+        """See `Backing.check_present`. Compares path and open file, DESIGN's removal rule."""
+        try:
+            there = os.stat(self.path, follow_symlinks=self._follow)
+        except OSError as error:
+            raise Removed(error.errno or errno.ENOENT, f"{self.path} is gone") from None
+        here = os.fstat(self._fd)
+        if here.st_nlink == 0 or (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+            raise Removed(errno.ENOENT, f"{self.path} is not the file that was opened")
+        if self.is_device:
+            # A device that was unplugged keeps its node until udev acts, but has no size.
+            try:
+                size = device_size(self._fd)
+            except OSError as error:
+                raise Removed(error.errno or errno.ENXIO, f"{self.path} is gone") from None
+            if size == 0:
+                raise Removed(errno.ENXIO, f"{self.path} has been removed")
+
+    def identity(self) -> Identity:
+        """See `Backing.identity`. A device has no ctime of its content: 0."""
+        info = os.fstat(self._fd)
+        if self.is_device:
+            return Identity(info.st_rdev, 0, self.size(), 0)
+        return Identity(info.st_dev, info.st_ino, info.st_size, info.st_ctime_ns)
+
+    def forget_cache(self) -> None:
+        """See `Backing.forget_cache`."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def reopen(self) -> None:
+        """See `Backing.reopen`. OSError, BusyError or Removed leave the old one in place."""
+        self.check_present()
+        # The lock belongs to the old descriptor: it is given up for the blink of an eye.
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        if self.is_device:
+            # O_EXCL holders exclude each other, ourselves included: drop the claim first.
+            os.close(self._fd)
+            self._fd = -1
+        fresh = FileBacking.open(self.path, follow=self._follow)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fresh._fd
+
+    def close(self) -> None:
+        """See `Backing.close`. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

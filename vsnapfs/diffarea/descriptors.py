@@ -1,0 +1,119 @@
+"""Descriptors: which block, of which epoch, a slot holds, and the checksum of its content.
+
+Owns the 512-byte sector that carries twenty of them. A sector names its area, its own number and
+the barrier that wrote it last, marks the descriptors that this very barrier wrote (*fresh*), and
+has one xxh3-64 over all of it. Every sector of the allocated area is written before the
+superblock says it is there, so a sector that does not verify is damage, never "not yet used".
+
+Promise: a descriptor that rotted is never taken for an empty one. Source of the layout:
+`docs/format.md`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from .layout import SECTOR_SIZE, SLOTS_PER_SECTOR
+
+HEAD = struct.Struct("<QQQII")  # checksum, area id, barrier, sector number, fresh mask
+ENTRY = struct.Struct("<QQII")  # content hash, block | IN_USE, epoch, reserved
+IN_USE = 1 << 63
+BLOCK_MASK = (1 << 48) - 1
+
+ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("block", "<u8"), ("epoch", "<u4"), ("spare", "<u4")])
+SECTOR_DTYPE = np.dtype(
+    [
+        ("check", "<u8"),
+        ("area", "<u8"),
+        ("barrier", "<u8"),
+        ("sector", "<u4"),
+        ("fresh", "<u4"),
+        ("entries", ENTRY_DTYPE, (SLOTS_PER_SECTOR,)),
+    ]
+)
+assert SECTOR_DTYPE.itemsize == SECTOR_SIZE
+
+
+class Descriptor(NamedTuple):
+    """What one slot holds: the xxh3-64 of the block's content, block number, epoch."""
+
+    hash: int
+    block: int
+    epoch: int
+
+
+class SectorImage:
+    """One sector in memory, being changed. `data` is what goes to disk after `seal`."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytearray) -> None:
+        self.data = data
+
+    @classmethod
+    def empty(cls) -> SectorImage:
+        """A sector without descriptors, not sealed yet."""
+        return cls(bytearray(SECTOR_SIZE))
+
+    def copy(self) -> SectorImage:
+        """An independent copy."""
+        return SectorImage(bytearray(self.data))
+
+    @property
+    def barrier(self) -> int:
+        """The barrier that wrote it last."""
+        return int(HEAD.unpack_from(self.data)[2])
+
+    @property
+    def fresh(self) -> int:
+        """Bit i: descriptor i was written by that barrier."""
+        return int(HEAD.unpack_from(self.data)[4])
+
+    def get(self, index: int) -> Descriptor | None:
+        """Descriptor `index` (0 to 19), None if its slot is unused."""
+        content, block, epoch, _ = ENTRY.unpack_from(self.data, HEAD.size + index * ENTRY.size)
+        return Descriptor(content, block & BLOCK_MASK, epoch) if block & IN_USE else None
+
+    def put(self, index: int, descriptor: Descriptor | None) -> None:
+        """Set descriptor `index`, or mark its slot unused."""
+        offset = HEAD.size + index * ENTRY.size
+        if descriptor is None:
+            ENTRY.pack_into(self.data, offset, 0, 0, 0, 0)
+        else:
+            content, block, epoch = descriptor
+            ENTRY.pack_into(self.data, offset, content, block | IN_USE, epoch, 0)
+
+    def seal(self, area_id: int, barrier: int, sector: int, fresh: int) -> None:
+        """Fill in the head and the checksum."""
+        HEAD.pack_into(self.data, 0, 0, area_id, barrier, sector, fresh)
+        check = xxhash.xxh3_64_intdigest(memoryview(self.data)[8:])
+        self.data[:8] = check.to_bytes(8, "little")
+
+
+def sector_is_valid(data: memoryview, area_id: int, sector: int) -> bool:
+    """True if `data` (512 bytes) is sector number `sector` of this area, unharmed."""
+    check, area, _, number, _ = HEAD.unpack_from(data)
+    return (
+        number == sector
+        and area == area_id
+        and bool(check == xxhash.xxh3_64_intdigest(data[8:SECTOR_SIZE]))
+    )
+
+
+def empty_table(area_id: int, barrier: int, first_sector: int, count: int) -> bytes:
+    """`count` sealed sectors without descriptors: what a new group starts with."""
+    parts = []
+    for sector in range(first_sector, first_sector + count):
+        image = SectorImage.empty()
+        image.seal(area_id, barrier, sector, 0)
+        parts.append(bytes(image.data))
+    return b"".join(parts)
+
+
+def area_id_of(volume_id: bytes) -> int:
+    """The eight bytes of the volume id that every sector repeats."""
+    return int.from_bytes(volume_id[:8], "little")
