@@ -69,6 +69,11 @@ class Layout:
         size = HEADER_SIZE + groups * self.group_size
         return size + (2 * TABLE_SIZE + extra * self.block_size if extra else 0)
 
+    def valid_slots(self, at_least: int) -> int:
+        """The smallest number of slots an area can end at that is not below `at_least`."""
+        groups, extra = divmod(max(1, at_least), SLOTS_PER_GROUP)
+        return groups * SLOTS_PER_GROUP + (max(extra, SLOTS_BEFORE_TWIN) if extra else 0)
+
     def groups_of(self, slots: int) -> int:
         """How many groups (the last perhaps short) hold `slots` slots."""
         return -(-slots // SLOTS_PER_GROUP)

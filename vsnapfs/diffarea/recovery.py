@@ -1,0 +1,311 @@
+"""Opening a diff area: from what is on disk to a usable `DiffArea`, after any kind of stop.
+
+Owns the scan. Promises:
+
+* after a clean close nothing is written, and only one copy of each table is read;
+* after an unclean stop the descriptors of the newest barrier, and only those, are checked
+  against their blocks; one that fails is dropped only if that is provably harmless (the same
+  copy lies in another slot, or the replica still holds the content the descriptor names, so the
+  block was never overwritten). Otherwise it is kept and reads of it are EIO;
+* a damaged sector is healed from its twin; if both are bad it is reported, never guessed.
+
+Leaves the decision what a damaged area means for the volume to `volume`.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..backing import Backing
+from ..errors import FaultCode, FaultError, FormatError
+from .area import DiffArea
+from .descriptors import (
+    BLOCK_MASK,
+    IN_USE,
+    SECTOR_DTYPE,
+    SectorImage,
+    sector_is_valid,
+)
+from .index import Index, Slots, make_run
+from .layout import (
+    HEADER_SIZE,
+    SECTOR_SIZE,
+    SECTORS_PER_GROUP,
+    SLOTS_PER_SECTOR,
+    SUPERBLOCK_OFFSETS,
+    SUPERBLOCK_SIZE,
+    TABLE_SIZE,
+)
+from .superblock import Superblock, decode
+
+
+@dataclass
+class Report:
+    """What opening found. Counts of copies (kept, dropped, damaged) concern the newest barrier.
+
+    healed: what was brought back from its twin, in words. unclean: no clean close before.
+    """
+
+    unclean: bool = False
+    barrier: int = 0
+    kept: int = 0
+    dropped: int = 0
+    damaged: int = 0
+    healed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
+    """The newest valid superblock, and what was wrong with the other copy, if anything.
+
+    FormatError if there is none; its `code` tells a foreign file ("not-a-diff-area",
+    "foreign-version", "truncated") from a rotted one ("checksum", "inconsistent").
+    """
+    if backing.size() < HEADER_SIZE:
+        raise FormatError(
+            f"{backing.path} is no diff area: it has only {backing.size()} bytes", code="truncated"
+        )
+    found: list[Superblock] = []
+    errors: list[FormatError] = []
+    for offset in SUPERBLOCK_OFFSETS:
+        try:
+            found.append(decode(backing.read(offset, SUPERBLOCK_SIZE)))
+        except FormatError as error:
+            errors.append(error)
+    if not found:
+        # The most telling error: a rotted superblock says more than one that is not there.
+        order = ("foreign-version", "checksum", "inconsistent", "format", "not-a-diff-area")
+        worst = min(errors, key=lambda error: order.index(error.code))
+        raise FormatError(f"{backing.path}: {worst.message}", hint=worst.hint, code=worst.code)
+    newest = max(found, key=lambda superblock: superblock.generation)
+    notes = [f"superblock copy: {error.message}" for error in errors]
+    if len(found) == 2 and found[0].generation != found[1].generation:
+        notes.append("superblock copy: one generation behind")
+    return newest, notes
+
+
+def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[DiffArea, Report]:
+    """Scan the diff area in `backing`; `replica` is read for the check after an unclean stop.
+
+    FormatError: not a diff area, of another volume, another version, rotted superblocks.
+    FaultError 2: an I/O error while reading. Damaged descriptors do not raise: they are in
+    `DiffArea.damaged_sectors` and in the report's `problems`.
+    """
+    try:
+        superblock, notes = read_superblock(backing)
+        if superblock.volume_id != volume_id:
+            raise FormatError(
+                f"{backing.path} is the diff area of another volume",
+                hint="Check 'diff_area' in volume.toml.",
+                code="other-volume",
+            )
+        return _Scan(backing, replica, superblock, notes).run()
+    except OSError as error:
+        raise FaultError(
+            FaultCode.IO_FAILURE_DURING_ONLINE,
+            f"the diff area could not be read: {error}",
+            errno=error.errno or errno.EIO,
+        ) from error
+
+
+class _Scan:
+    def __init__(
+        self, backing: Backing, replica: Backing, superblock: Superblock, notes: list[str]
+    ) -> None:
+        self.backing = backing
+        self.replica = replica
+        self.superblock = superblock
+        self.area = DiffArea(backing, superblock)
+        self.report = Report(unclean=not superblock.clean, healed=notes)
+        self.heal: dict[int, SectorImage] = {}
+        self.damaged: list[int] = []
+
+    def run(self) -> tuple[DiffArea, Report]:
+        area, report = self.area, self.report
+        if report.unclean:
+            # What a killed server left in the host's cache must be durable before it is trusted,
+            # and must be read back from the disk, not from the cache, to be checked.
+            self.backing.sync()
+            self.backing.forget_cache()
+        if self.backing.size() < self.superblock.allocated:
+            report.problems.append(
+                f"the file has {self.backing.size()} bytes, "
+                f"{self.superblock.allocated} are allocated: it has been truncated"
+            )
+        tables = self._load_tables()
+        blocks, epochs, slots = self._descriptors(tables)
+        if report.unclean and len(tables):
+            keep = self._check_newest(tables, blocks, epochs, slots)
+            blocks, epochs, slots = blocks[keep], epochs[keep], slots[keep]
+        area.damaged_sectors = tuple(self.damaged)
+        report.problems += [f"descriptor sector {s}: both copies are bad" for s in self.damaged]
+        # Of two copies of one block and epoch (a shrink was interrupted) the lower slot stays:
+        # `make_run` sorts stably and `slots` ascends.
+        area.index = Index(make_run(blocks, epochs, slots.astype(np.uint32)))
+        points = [point.number for point in self.superblock.points]
+        live: Slots = area.index.live_slots(points)
+        area.index.compact(points)
+        area.slots.take(live)
+        self._keep_slots_of_damage()
+        if self.heal:
+            report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
+            area.heal(self.heal)
+        return area, report
+
+    # -- reading the tables -----------------------------------------------------------------------
+
+    def _load_tables(self) -> npt.NDArray[np.void]:
+        """All sectors of the area in one array, damaged ones blanked."""
+        layout = self.area.layout
+        parts: list[npt.NDArray[np.void]] = []
+        for group in range(layout.groups_of(len(self.area.slots))):
+            first, twin = layout.table_offsets(group)
+            table = self._read_table(first)
+            if self.report.unclean or not self._is_whole(group, table):
+                table = self._choose(group, table, self._read_table(twin))
+            parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
+        if not parts:
+            return np.empty(0, dtype=SECTOR_DTYPE)
+        tables: npt.NDArray[np.void] = np.concatenate(parts)
+        self.report.barrier = int(tables["barrier"].max())
+        self.area.barrier_number = max(self.superblock.barrier, self.report.barrier)
+        return tables
+
+    def _read_table(self, offset: int) -> bytearray:
+        try:
+            return bytearray(self.backing.read(offset, TABLE_SIZE))
+        except OSError:
+            # Perhaps only a part is unreadable: an unreadable sector is all zeros, never valid.
+            table = bytearray(TABLE_SIZE)
+            for start in range(0, TABLE_SIZE, SECTOR_SIZE):
+                try:
+                    part = self.backing.read(offset + start, SECTOR_SIZE)
+                except OSError:
+                    continue
+                table[start : start + SECTOR_SIZE] = part
+            return table
+
+    def _is_whole(self, group: int, table: bytearray) -> bool:
+        view, first = memoryview(table), group * SECTORS_PER_GROUP
+        return all(
+            sector_is_valid(
+                view[i * SECTOR_SIZE : (i + 1) * SECTOR_SIZE], self.area.area_id, first + i
+            )
+            for i in range(SECTORS_PER_GROUP)
+        )
+
+    def _choose(self, group: int, first: bytearray, twin: bytearray) -> bytearray:
+        """The newest valid copy of each sector of a group."""
+        area_id, same = self.area.area_id, first == twin
+        view, other = memoryview(first), memoryview(twin)
+        for index in range(SECTORS_PER_GROUP):
+            sector = group * SECTORS_PER_GROUP + index
+            part = slice(index * SECTOR_SIZE, (index + 1) * SECTOR_SIZE)
+            good = sector_is_valid(view[part], area_id, sector)
+            if same or first[part] == twin[part]:
+                if not good:
+                    self._lost(sector, view[part])
+                continue
+            twin_good = sector_is_valid(other[part], area_id, sector)
+            if not good and not twin_good:
+                self._lost(sector, view[part])
+                continue
+            newer = SectorImage(twin[part]).barrier > SectorImage(first[part]).barrier
+            if twin_good and (not good or newer):
+                view[part] = other[part]
+            self.heal[sector] = SectorImage(bytearray(view[part]))
+        return first
+
+    def _lost(self, sector: int, part: memoryview) -> None:
+        if sector * SLOTS_PER_SECTOR < len(self.area.slots):
+            self.damaged.append(sector)
+        part[:] = bytes(SECTOR_SIZE)
+
+    def _descriptors(
+        self, tables: npt.NDArray[np.void]
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """(blocks, epochs, slots) of all descriptors in use, slots ascending."""
+        entries = tables["entries"].reshape(-1)[: len(self.area.slots)]
+        slots = np.flatnonzero(entries["block"] & np.uint64(IN_USE)).astype(np.uint64)
+        chosen = entries[slots.astype(np.int64)]
+        blocks = chosen["block"] & np.uint64(BLOCK_MASK)
+        epochs = chosen["epoch"].astype(np.uint64)
+        # A descriptor of an epoch or block that cannot be is no copy of anything.
+        count = -(-self.superblock.replica_size // self.superblock.block_size)
+        possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
+        return blocks[possible], epochs[possible], slots[possible]
+
+    # -- after an unclean stop --------------------------------------------------------------------
+
+    def _check_newest(
+        self,
+        tables: npt.NDArray[np.void],
+        blocks: npt.NDArray[np.uint64],
+        epochs: npt.NDArray[np.uint64],
+        slots: npt.NDArray[np.uint64],
+    ) -> npt.NDArray[np.bool_]:
+        """Which descriptors survive the check of the newest barrier."""
+        keep = np.ones(len(slots), dtype=bool)
+        newest = np.flatnonzero(tables["barrier"] == self.report.barrier)
+        fresh: set[int] = set()
+        for sector in newest:
+            mask = int(tables["fresh"][sector])
+            base = int(sector) * SLOTS_PER_SECTOR
+            fresh.update(base + place for place in range(SLOTS_PER_SECTOR) if mask >> place & 1)
+        for where in np.flatnonzero(np.isin(slots, np.array(sorted(fresh), dtype=np.uint64))):
+            slot, block, epoch = int(slots[where]), int(blocks[where]), int(epochs[where])
+            wanted = int(tables["entries"].reshape(-1)[slot]["hash"])
+            if self._hash_of_slot(slot) == wanted:
+                self.report.kept += 1
+                continue
+            twin = (blocks == block) & (epochs == epoch) & keep
+            if int(twin.sum()) > 1 or self._hash_of_replica(block) == wanted:
+                keep[where] = False
+                self.report.dropped += 1
+                self._clear(slot, tables)
+            else:
+                self.report.damaged += 1
+                self.report.problems.append(f"block {block} of epoch {epoch}: its copy is damaged")
+        return keep
+
+    def _hash_of_slot(self, slot: int) -> int | None:
+        size = self.superblock.block_size
+        try:
+            data = self.backing.read(self.area.layout.slot_offset(slot), size)
+        except OSError:
+            return None
+        return xxhash.xxh3_64_intdigest(data)
+
+    def _hash_of_replica(self, block: int) -> int | None:
+        size = self.superblock.block_size
+        length = min(size, self.superblock.replica_size - block * size)
+        try:
+            data = bytes(self.replica.read(block * size, length))
+        except OSError:
+            return None
+        return xxhash.xxh3_64_intdigest(data.ljust(size, b"\0"))
+
+    def _clear(self, slot: int, tables: npt.NDArray[np.void]) -> None:
+        sector, place = divmod(slot, SLOTS_PER_SECTOR)
+        image = self.heal.get(sector) or SectorImage(bytearray(tables[sector].tobytes()))
+        fresh = image.fresh & ~(1 << place)
+        image.put(place, None)
+        # The number stays: as long as this is the newest barrier on disk, a stop in the middle
+        # of these repairs leaves the others to be checked again.
+        image.seal(self.area.area_id, image.barrier, sector, fresh)
+        self.heal[sector] = image
+
+    def _keep_slots_of_damage(self) -> None:
+        """Slots whose descriptors are lost may hold copies: nothing may be written there."""
+        lost = [
+            slot
+            for sector in self.damaged
+            for slot in range(sector * SLOTS_PER_SECTOR, (sector + 1) * SLOTS_PER_SECTOR)
+            if slot < len(self.area.slots)
+        ]
+        self.area.slots.take(np.array(lost, dtype=np.uint32))

@@ -1,0 +1,105 @@
+"""Which slots are taken. One byte a slot, searched in C.
+
+Owns the count behind "used". A slot is taken from the moment it is reserved for a copy until the
+deletion that frees it is durable in both superblocks (promise C1, and no copy is ever overwritten
+while a superblock that could still become valid needs it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SlotMap:
+    """The slots 0 … count-1 of the allocated area."""
+
+    def __init__(self, count: int) -> None:
+        self._taken = bytearray(count)
+        self._cursor = 0
+        self.in_use = 0
+
+    def __len__(self) -> int:
+        """How many slots there are."""
+        return len(self._taken)
+
+    @property
+    def free(self) -> int:
+        """How many of them are free."""
+        return len(self._taken) - self.in_use
+
+    def is_taken(self, slot: int) -> bool:
+        """Whether `slot` is reserved or holds a copy."""
+        return bool(self._taken[slot])
+
+    def reserve(self, count: int, limit: int | None = None) -> list[int] | None:
+        """Take `count` slots, all or none (None). Mostly ascending: copies go out in long writes.
+
+        limit: only slots below it (shrinking).
+        """
+        end = len(self._taken) if limit is None else limit
+        if count > self.free:
+            return None
+        cursor, taken = min(self._cursor, end), self._taken
+        slots: list[int] = []
+        wrapped = False
+        while len(slots) < count:
+            slot = taken.find(0, cursor, end)
+            if slot < 0:
+                if wrapped:
+                    self.release(slots)
+                    return None
+                wrapped, cursor = True, 0
+                continue
+            taken[slot] = 1
+            self.in_use += 1
+            slots.append(slot)
+            cursor = slot + 1
+        self._cursor = cursor
+        return slots
+
+    def take(self, slots: npt.NDArray[np.uint32]) -> None:
+        """Mark slots that a scan found in use."""
+        view = np.frombuffer(self._taken, dtype=np.uint8)
+        view[slots] = 1
+        self.in_use = int(view.sum())
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Give slots back."""
+        for slot in slots:
+            self.in_use -= self._taken[slot]
+            self._taken[slot] = 0
+        self._cursor = 0
+
+    def keep_only(self, slots: npt.NDArray[np.uint32], also: Iterable[int] = ()) -> int:
+        """Free all but `slots` and `also`. Returns how many became free."""
+        before = self.in_use
+        view = np.zeros(len(self._taken), dtype=np.uint8)
+        view[slots] = 1
+        for slot in also:
+            view[slot] = 1
+        self._taken = bytearray(view.tobytes())
+        self.in_use = int(view.sum())
+        self._cursor = 0
+        return before - self.in_use
+
+    def resize(self, count: int) -> None:
+        """The area has grown or shrunk to `count` slots. Slots cut off must be free."""
+        if count < len(self._taken):
+            if any(self._taken[count:]):
+                raise AssertionError("a slot that is cut off is still taken")
+            del self._taken[count:]
+        else:
+            self._taken.extend(bytes(count - len(self._taken)))
+        self._cursor = 0
+
+    def taken_from(self, first: int) -> list[int]:
+        """The taken slots ≥ `first`, ascending."""
+        found = []
+        slot = self._taken.find(1, first)
+        while slot >= 0:
+            found.append(slot)
+            slot = self._taken.find(1, slot + 1)
+        return found

@@ -1,0 +1,156 @@
+"""Checking a diff area: every structure, every preserved block. Repairs nothing.
+
+Owns the list of problems and the words for them. A problem says what is wrong, where, which
+recovery points it touches and which ranges of them; ranges that are not named read correctly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import FormatError
+from .area import DiffArea
+from .descriptors import sector_is_valid
+from .layout import (
+    SECTOR_SIZE,
+    SECTORS_PER_GROUP,
+    SLOTS_PER_SECTOR,
+    SUPERBLOCK_OFFSETS,
+    SUPERBLOCK_SIZE,
+    TABLE_SIZE,
+)
+from .superblock import decode
+
+_STEP = 4 << 20
+Problem = dict[str, Any]
+
+
+class Verification:
+    """One run over a whole area. `steps` yields callables; each does a bounded piece of work.
+
+    The caller runs each step where no barrier is under way, and may stop between steps. `done`
+    and `total` are bytes, `problems` grows as they are found.
+    """
+
+    def __init__(self, area: DiffArea, live_points: Callable[[], list[int]]) -> None:
+        self._area = area
+        self._live_points = live_points
+        self.problems: list[Problem] = []
+        self.checked = {"superblocks": 0, "descriptor_sectors": 0, "preserved_blocks": 0}
+        self.done = 0
+        layout = area.layout
+        self._groups = layout.groups_of(len(area.slots))
+        blocks, epochs, slots = area.index.everything()
+        live = set(area.index.live_slots(live_points()).tolist())
+        # In the order of the disk: one pass from front to back.
+        self._copies = sorted(
+            (
+                (int(b), int(e), int(s))
+                for b, e, s in zip(blocks, epochs, slots, strict=True)
+                if int(s) in live
+            ),
+            key=lambda copy: copy[2],
+        )
+        self.total = layout.metadata_size(len(area.slots)) + len(self._copies) * layout.block_size
+
+    def steps(self) -> Iterator[Callable[[], None]]:
+        """The work, piece by piece."""
+        yield self._check_superblocks
+        for group in range(self._groups):
+            yield lambda group=group: self._check_tables(group)  # type: ignore[misc]
+        count = max(1, _STEP // self._area.layout.block_size)
+        for start in range(0, len(self._copies), count):
+            part = self._copies[start : start + count]
+            yield lambda part=part: self._check_copies(part)  # type: ignore[misc]
+
+    def _check_superblocks(self) -> None:
+        for copy, offset in enumerate(SUPERBLOCK_OFFSETS):
+            where = {"what": "superblock", "copy": copy, "offset": offset}
+            try:
+                found = decode(self._area.backing.read(offset, SUPERBLOCK_SIZE))
+                if found.generation != self._area.superblock.generation:
+                    self._problem(where, f"is at generation {found.generation}")
+            except (FormatError, OSError) as error:
+                self._problem(where, str(error))
+            self.checked["superblocks"] += 1
+            self.done += SUPERBLOCK_SIZE
+
+    def _check_tables(self, group: int) -> None:
+        area = self._area
+        tables: list[bytes | None] = []
+        for offset in area.layout.table_offsets(group):
+            tables.append(self._read_table(offset))
+            self.done += TABLE_SIZE
+        for index in range(SECTORS_PER_GROUP):
+            sector = group * SECTORS_PER_GROUP + index
+            part = slice(index * SECTOR_SIZE, (index + 1) * SECTOR_SIZE)
+            good = [
+                table is not None and sector_is_valid(memoryview(table)[part], area.area_id, sector)
+                for table in tables
+            ]
+            self.checked["descriptor_sectors"] += 2
+            offsets = area.layout.sector_offsets(sector)
+            if not any(good):
+                in_use = sector * SLOTS_PER_SECTOR < len(area.slots)
+                points = self._live_points() if in_use else []
+                whole = [[0, area.superblock.replica_size]] if points else []
+                self._problem(
+                    {"what": "descriptor sector", "sector": sector, "offset": offsets[0]},
+                    "both copies are bad",
+                    points,
+                    whole,
+                )
+                continue
+            for copy in (0, 1):
+                if not good[copy]:
+                    self._problem(
+                        {"what": "descriptor sector", "sector": sector, "offset": offsets[copy]},
+                        "one of its two copies is bad; the other one serves",
+                    )
+            if all(good) and tables[0] and tables[1] and tables[0][part] != tables[1][part]:
+                self._problem(
+                    {"what": "descriptor sector", "sector": sector, "offset": offsets[1]},
+                    "its two copies differ",
+                )
+
+    def _read_table(self, offset: int) -> bytes | None:
+        try:
+            return bytes(self._area.backing.read(offset, TABLE_SIZE))
+        except OSError:
+            return None
+
+    def _check_copies(self, part: list[tuple[int, int, int]]) -> None:
+        area = self._area
+        for (block, epoch, slot), data in zip(part, area.read_copies(part), strict=True):
+            self.checked["preserved_blocks"] += 1
+            if data is not None:
+                continue
+            points = [
+                number
+                for number in self._live_points()
+                if number <= epoch and area.index.lookup(number, block) == (epoch, slot)
+            ]
+            if not points:
+                continue  # Deleted or evicted since this run began.
+            start = block * area.layout.block_size
+            length = min(area.layout.block_size, area.superblock.replica_size - start)
+            where = {
+                "what": "preserved block",
+                "block": block,
+                "epoch": epoch,
+                "offset": area.layout.slot_offset(slot),
+            }
+            self._problem(where, "fails its checksum", points, [[start, length]])
+        self.done += len(part) * area.layout.block_size
+
+    def _problem(
+        self,
+        where: Problem,
+        message: str,
+        points: list[int] | None = None,
+        ranges: list[list[int]] | None = None,
+    ) -> None:
+        self.problems.append(
+            where | {"message": message, "points": points or [], "ranges": ranges or []}
+        )
