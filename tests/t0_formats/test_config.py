@@ -70,12 +70,13 @@ def test_what_was_saved_is_loaded(
     """Any configuration that can be made is saved and loaded unchanged, or refused unsaved."""
     directory = tmp_path_factory.mktemp("volume")
     config = VolumeConfig(volume_id, replica, diff_area, on_full, grow, hold)
-    try:
-        save(directory, config)
-    except UsageError as error:  # the two paths, or one of the volume's own files, coincide
-        assert "is the same as" in error.message
+    apart = {os.path.normpath(path) for path in (replica, diff_area)}
+    if len(apart) < 2 or apart & {".", "volume.toml", "state", "events.jsonl", "control.sock"}:
+        with pytest.raises(UsageError, match="is the same as"):
+            save(directory, config)
         assert os.listdir(directory) == []
         return
+    save(directory, config)
     assert load(directory) == config
     assert os.listdir(directory) == ["volume.toml"]
 
@@ -318,7 +319,7 @@ def test_a_failed_save_leaves_the_old_file(
         monkeypatch.setattr(config_module, "_write_new", refuse)
     else:
         monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(VsnapError, match="cannot write .*No space left") as caught:
+    with pytest.raises(VsnapError, match=r"cannot write .*No space left") as caught:
         save(tmp_path, VolumeConfig(ID, on_full="evict"))
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC

@@ -1,0 +1,165 @@
+"""The rules of tests/conftest.py hold: what is left behind, hangs, warns or is missing is found.
+
+Each test runs pytest in a process of its own over one small test file next to a copy of conftest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+Inner = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def inner(tmp_path: Path) -> Inner:
+    """Run pytest over the given test code; `wrap` is a command to run it under."""
+
+    def run(code: str, *, ci: bool = False, wrap: tuple[str, ...] = ()) -> object:
+        work = tmp_path / "inner"
+        (work / "tests").mkdir(parents=True)
+        shutil.copy(TESTS / "conftest.py", work / "tests")
+        shutil.copy(TESTS.parent / "pyproject.toml", work)
+        (work / "tests" / "test_inner.py").write_text(code)
+        environment = dict(os.environ)
+        environment.pop("CI", None)
+        environment.pop("VSNAPFS_TEST_COUNTS", None)
+        if ci:
+            environment["CI"] = "true"
+        # Its own token takes the place of ours in the processes that it starts.
+        return subprocess.run(
+            [
+                *(*wrap, sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+                f"--basetemp={tmp_path / 'base'}",
+            ],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_a_clean_run_passes(inner: Inner) -> None:
+    """The rules alone disturb nothing: a test that leaves nothing behind passes."""
+    result = inner("def test_it(tmp_path): (tmp_path / 'file').write_text('x')")
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in result.stdout
+
+
+def test_a_process_left_behind_fails_the_run_and_is_ended(inner: Inner, tmp_path: Path) -> None:
+    """A process that detached itself from the tests is found, named and ended."""
+    result = inner(
+        f"""
+import pathlib, subprocess
+def test_it():
+    process = subprocess.Popen(["sleep", "1234"], start_new_session=True)
+    process.returncode = 0  # so that Python does not warn: it is to be found by itself
+    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
+"""
+    )
+    assert result.returncode == 1, result.stdout
+    assert "sleep 1234" in result.stdout
+    assert "1 passed, 1 error" in result.stdout
+    process = Path("/proc", (tmp_path / "pid").read_text())
+    # An init that is slow to reap leaves a zombie, which has no command line any more.
+    assert not process.exists() or (process / "cmdline").read_bytes() == b""
+
+
+@pytest.mark.needs_loop
+def test_mounts_and_loop_devices_left_behind_fail_the_run_and_are_removed(inner: Inner) -> None:
+    """A forgotten mount and a forgotten loop device are found, named and removed."""
+    result = inner(
+        """
+import subprocess
+def test_it(tmp_path):
+    place = tmp_path / "a mount"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    subprocess.run(["losetup", "--find", image], check=True)
+    print(f"<{place}|{image}>")
+    assert False, "shows the output above"
+"""
+    )
+    assert result.returncode == 1, result.stdout
+    place, image = result.stdout.split("<", 1)[1].split(">", 1)[0].split("|")
+    assert f"mount {place} (tmpfs, none)" in result.stdout
+    assert f" on {image}" in result.stdout
+    assert not os.path.ismount(place)
+    assert image not in subprocess.check_output(["losetup"], text=True)
+
+
+def test_a_test_that_hangs_is_ended(inner: Inner) -> None:
+    """A test that outlasts its limit fails with it, and the next one runs."""
+    result = inner(
+        """
+import pytest, time
+@pytest.mark.time_limit(0.2)
+def test_hangs(): time.sleep(50)
+def test_next(): pass
+"""
+    )
+    assert result.returncode == 1
+    assert "took longer than 0.2 seconds" in result.stdout
+    assert "1 failed, 1 passed" in result.stdout
+
+
+def test_a_stray_warning_fails_the_test(inner: Inner) -> None:
+    """A logged warning and a Python warning fail a test, unless it expects the log."""
+    result = inner(
+        """
+import logging, pytest, warnings
+def test_logs(): logging.getLogger("x").warning("odd %s", "thing")
+def test_warns(): warnings.warn("odd")
+@pytest.mark.expects_log
+def test_expects(): logging.getLogger("x").error("odd")
+def test_informs(): logging.getLogger("x").info("fine")
+"""
+    )
+    assert "WARNING x: odd thing" in result.stdout
+    assert "UserWarning: odd" in result.stdout
+    assert "1 failed, 3 passed, 1 error" in result.stdout
+
+
+NEEDY = """
+import pytest
+@pytest.mark.needs_fuse
+def test_it(): pass
+"""
+
+
+@pytest.mark.needs_loop
+@pytest.mark.parametrize("ci", [False, True], ids=["laptop", "CI"])
+def test_without_dev_fuse_a_laptop_skips_and_ci_fails(inner: Inner, *, ci: bool) -> None:
+    """Where /dev/fuse is something else, the reason is given; in CI that is a failure."""
+    hidden = (
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount --bind /dev/null /dev/fuse && exec "$@"',
+        "-",
+    )
+    result = inner(NEEDY, ci=ci, wrap=hidden)
+    assert "/dev/fuse is not the FUSE device" in result.stdout
+    assert ("1 error" if ci else "1 skipped") in result.stdout
+    assert result.returncode == (1 if ci else 0)
+
+
+def test_an_unknown_mark_is_an_error(inner: Inner) -> None:
+    """A misspelt mark does not silently run a test where it cannot run."""
+    result = inner("import pytest\n@pytest.mark.need_fuse\ndef test_it(): pass\n")
+    assert result.returncode != 0
+    assert "need_fuse" in result.stdout
