@@ -1,0 +1,91 @@
+"""`vsnapfs mount` and `umount`: start and end the process that serves a volume."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from vsnapfs.cli.base import Command
+from vsnapfs.cli.output import note
+from vsnapfs.cli.params import FileType, VolumeNameType, volume_argument
+from vsnapfs.cli.volumes import find_mount, find_volume
+from vsnapfs.config import shown
+from vsnapfs.errors import BusyError, UsageError, VsnapError
+
+
+@click.command(
+    cls=Command,
+    examples="$ vsnapfs mount vol1 /mnt/vol1",
+)
+@volume_argument
+@click.argument("mountpoint", type=FileType())
+@click.option("--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPTION,...",
+    help="Mount options, as of mount(8). Known to matter: allow_other.",
+)
+@click.option(
+    "--accept-changed-replica",
+    is_flag=True,
+    help="Mount although something wrote to the replica beside vsnapfs. What it overwrote is "
+    "missing from the recovery points.",
+)
+def mount(
+    volume: Path,
+    mountpoint: Path,
+    foreground: bool,
+    options: tuple[str, ...],
+    accept_changed_replica: bool,
+) -> None:
+    """Mount a volume on an existing, empty directory.
+
+    There appear replica.img (the live volume), recovery-points/, status.json and events.log. A
+    volume that is offline can be mounted too: its recovery points are readable.
+    """
+    place = Path(os.path.abspath(mountpoint))
+    chosen = [option for group in options for option in group.split(",") if option]
+    from vsnapfs.daemon import server
+
+    if foreground:
+        server.serve(volume, place, options=chosen, accept_changed_replica=accept_changed_replica)
+        return
+    pid = server.spawn(volume, place, options=chosen, accept_changed_replica=accept_changed_replica)
+    note(f"{shown(volume)} is mounted on {shown(place)} (process {pid}).")
+
+
+@click.command(
+    cls=Command,
+    examples="$ vsnapfs umount vol1\n$ vsnapfs umount /mnt/vol1",
+)
+@click.argument("volume", metavar="VOLUME|MOUNTPOINT", type=VolumeNameType())
+def umount(volume: str) -> None:
+    """Unmount a volume and close it cleanly.
+
+    Refused while something uses it: a loop device, an open file, a shell standing in it. A mount
+    whose server has died is cleaned up.
+    """
+    from vsnapfs.daemon import mounts
+
+    if not volume:
+        raise UsageError("the name of the volume is empty")
+    found = find_mount(Path(os.path.abspath(volume)))
+    if found is None:
+        directory = find_volume(volume)  # says so if it is not even a volume
+        raise VsnapError(
+            f"{shown(directory)} is not mounted",
+            hint="`vsnapfs status` lists the mounted volumes.",
+            code="not-mounted",
+        )
+    devices = mounts.loop_devices(found.mountpoint)
+    if devices:
+        raise BusyError(
+            f"{shown(found.volume)} is attached as {', '.join(devices)}",
+            hint=f"Unmount what is on it, then: vsnapfs detach {shown(found.volume)}",
+        )
+    mounts.unmount(found)
+    note(f"{shown(found.volume)} is unmounted.")

@@ -1,0 +1,150 @@
+"""What `vsnapfs status` says about one volume, and the way out of each fault.
+
+Owns the wording; works on the dict of `Volume.status()` alone, so it reads the same for mounted and
+unmounted volumes. A missing key is shown as "?", never an error: the dict may come from another
+version's server.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import Any
+
+from vsnapfs.cli.output import when
+from vsnapfs.config import shown
+from vsnapfs.errors import FaultCode
+from vsnapfs.units import format_size
+
+_MAKE_ROOM = (
+    "Make room: vsnapfs resize {v} --diff-area-size TOTAL   (a total above {maximum})",
+    "       or: vsnapfs recovery-point delete {v} oldest",
+)
+_FREE_HOST = (
+    "Free space on the file system that holds {area}, so that it can grow,",
+    "       or: vsnapfs recovery-point delete {v} oldest",
+)
+_CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair what it names.",)
+_GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
+_BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
+_FREE_MEMORY = ("Free some memory, or raise the limit this process runs under.",)
+_WAYS_OUT: dict[int, tuple[str, ...]] = {
+    FaultCode.DIFF_AREA_MISSING: (*_BRING_BACK, *_GIVE_UP),
+    FaultCode.IO_FAILURE_DURING_ONLINE: _CHECK_DISK,
+    FaultCode.META_DATA_CORRUPTION: ("See what is damaged: vsnapfs verify {v}", *_GIVE_UP),
+    FaultCode.MEMORY_ALLOCATION_FAILURE: _FREE_MEMORY,
+    FaultCode.MAPPED_MEMORY_FAILURE: _FREE_MEMORY,
+    FaultCode.COW_READ_FAILURE: _CHECK_DISK,
+    FaultCode.COW_WRITE_FAILURE: _CHECK_DISK,
+    FaultCode.DIFF_AREA_FULL: _MAKE_ROOM,
+    FaultCode.GROW_TOO_SLOW: (
+        "The diff area may still grow: try `online` again when the disk is less busy.",
+    ),
+    FaultCode.GROW_FAILED: _FREE_HOST,
+    FaultCode.DESTROY_ALL_SNAPSHOTS: (
+        "This is a defect of vsnapfs: please report the event. No recovery point was destroyed.",
+    ),
+    FaultCode.FILE_SYSTEM_FAILURE: (
+        "Make {area} writable again (permissions, chattr -i, a read-only mount).",
+    ),
+    FaultCode.IO_FAILURE: _CHECK_DISK,
+    FaultCode.DIFF_AREA_REMOVED: (*_BRING_BACK, *_GIVE_UP),
+    FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA: (
+        "Stop whoever else writes to {area}, then: vsnapfs verify {v}",
+        *_GIVE_UP,
+    ),
+}
+
+
+def sizes(area: dict[str, Any]) -> str:
+    """The three sizes of a diff area, in words."""
+    used, allocated, maximum = (area.get(k) for k in ("used", "allocated", "maximum"))
+    share = f" ({100 * used // maximum} % used)" if used is not None and maximum else ""
+    return f"used {size(used)}, allocated {size(allocated)}, maximum {size(maximum)}{share}"
+
+
+def size(value: Any) -> str:
+    """A size for people, "?" when it is not known."""
+    return format_size(value) if isinstance(value, int) else "?"
+
+
+def state_word(status: dict[str, Any]) -> str:
+    """The state in one cell of a table."""
+    if status.get("error"):
+        return "ERROR"
+    fault = status.get("fault")
+    if fault:
+        return f"OFFLINE: {fault.get('name', '?')}"
+    return str(status.get("state", "?"))
+
+
+def headline(status: dict[str, Any]) -> str:
+    """The volume and its state in one line."""
+    name = shown(status["volume"])
+    fault = status.get("fault")
+    if fault:
+        event = f"volsnap event {fault.get('event_id', '?')}"
+        state = f"OFFLINE by fault {fault.get('code', '?')} {fault.get('name', '?')}, {event}"
+    else:
+        state = str(status.get("state", "?"))
+    mountpoint = status.get("mountpoint")
+    pid = status.get("pid")
+    where = f"mounted on {shown(mountpoint)}" if mountpoint else "not mounted"
+    return f"{name}: {state}; {where}{f' (process {pid})' if pid else ''}"
+
+
+def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Everything worth knowing of a volume, without its fault."""
+    replica = status.get("replica") or {}
+    area = status.get("diff_area") or {}
+    listed = [
+        ("replica", f"{size(replica.get('size'))}, {shown(replica.get('path', '?'))}"),
+        ("diff area", f"{sizes(area)}, {shown(area.get('path', '?'))}"),
+        ("recovery points", str(status.get("recovery_points", "?"))),
+        ("on full", str(status.get("on_full", "?"))),
+    ]
+    if status.get("consistent") is not None:
+        listed.append(("consistent", "yes" if status["consistent"] else "NO"))
+    if status.get("state") == "offline" and not status.get("fault"):
+        listed.append(("next", f"vsnapfs online {typed(status['volume'])}"))
+    return listed
+
+
+def fault_facts(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """What happened, to what, and how to get out of it."""
+    fault = status["fault"]
+    listed = [("what happened", str(fault.get("message", "?")))]
+    if isinstance(fault.get("time"), int):
+        listed.append(("when", when(fault["time"])))
+    if fault.get("block") is not None:
+        block = f"block {fault['block']}"
+        if fault.get("offset") is not None and fault.get("length") is not None:
+            block += f", a write of {size(fault['length'])} at byte {fault['offset']}"
+        listed.append(("the write", block))
+    if fault.get("errno"):
+        listed.append(("error", os.strerror(int(fault["errno"]))))
+    if fault.get("maximum") is not None:
+        listed.append(("sizes then", sizes(fault)))
+    listed.append(("way out", "\n".join(way_out(status))))
+    return listed
+
+
+def way_out(status: dict[str, Any]) -> list[str]:
+    """The steps that end a fault, one line each, with commands that can be pasted."""
+    area = status.get("diff_area") or {}
+    names = {
+        "v": typed(status["volume"]),
+        "area": shown(area.get("path") or "the diff area"),
+        "maximum": size(area.get("maximum")),
+    }
+    steps = [line.format(**names) for line in _WAYS_OUT.get(status["fault"].get("code"), ())]
+    if status["fault"].get("code") == FaultCode.DIFF_AREA_MISSING:
+        after = "Back at its place, it is found by the next mount; or: vsnapfs online {v}"
+    else:
+        after = "Then: vsnapfs online {v}"
+    return [*steps, after.format(**names), "Until then every recovery point stays readable."]
+
+
+def typed(path: str) -> str:
+    """A path as it must be typed into a shell."""
+    return shlex.quote(shown(path))

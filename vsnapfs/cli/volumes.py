@@ -1,0 +1,67 @@
+"""Which volume is meant: a directory, a mountpoint, and what the mount table says.
+
+Owns the translation of what was typed into a volume's directory, and the calls of `daemon.mounts`
+that commands share. Changes nothing, opens no replica and no diff area.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vsnapfs import config
+from vsnapfs.errors import UsageError, VsnapError
+
+if TYPE_CHECKING:
+    from vsnapfs.daemon.mounts import Mount
+
+
+def find_volume(text: str) -> Path:
+    """The directory of the volume that `text` names, itself or by its mountpoint.
+
+    UsageError for an empty text; VsnapError, code "no-volume", when there is none.
+    """
+    if not text:
+        raise UsageError("the name of the volume is empty")
+    absolute = os.path.abspath(text)  # also drops trailing slashes; looks at nothing
+    if os.path.lexists(os.path.join(absolute, config.CONFIG_NAME)):
+        return Path(os.path.realpath(absolute))
+    mount = find_mount(Path(absolute))
+    if mount is not None:
+        return mount.volume
+    if os.path.isfile(absolute):
+        hint = "Name the volume's directory. (`vsnapfs inspect` prints a single file.)"
+    elif os.path.isdir(absolute):
+        hint = "Name the directory that `vsnapfs create` made, or where its volume is mounted."
+    else:
+        hint = "`vsnapfs status` lists the mounted volumes, `vsnapfs create` makes a new one."
+    try:
+        config.load(absolute)
+    except VsnapError as error:
+        error.hint = hint
+        raise
+    return Path(os.path.realpath(absolute))  # it has appeared just now
+
+
+def mounted() -> list[Mount]:
+    """Every vsnapfs mount of this machine, dead ones included."""
+    from vsnapfs.daemon import mounts
+
+    return mounts.find_mounts()
+
+
+def find_mount(path: Path) -> Mount | None:
+    """The mount that `path` means: its mountpoint, or the volume's directory. The newest wins."""
+    # A dead mountpoint cannot be looked at, but its name can still be compared.
+    real = Path(os.path.realpath(path))
+    for mount in reversed(mounted()):
+        if real in (mount.mountpoint, mount.volume):
+            return mount
+    return None
+
+
+def live_mount(volume: Path) -> Mount | None:
+    """Where the volume is mounted and served, None when it is not (or its server has died)."""
+    mount = find_mount(volume)
+    return None if mount is None or mount.stale else mount
