@@ -42,12 +42,19 @@ as_root() {
 }
 
 # apt_install PACKAGE...: 1 when apt-get cannot; never removes a package to make room for another.
+# Its many lines are shown only then.
 apt_install() {
-  local options=(-y -q --no-install-recommends --no-remove
-    -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
-  as_root apt-get update -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 >&2 ||
+  local options=(-y -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0) log
+  log=$(mktemp)
+  as_root apt-get update "${options[@]}" >"$log" 2>&1 ||
     say "apt-get update failed; trying with the lists that are there"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" "$@" >&2
+  if ! as_root env DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" \
+    --no-install-recommends --no-remove -- "$@" >>"$log" 2>&1; then
+    cat -- "$log" >&2
+    rm -f -- "$log"
+    return 1
+  fi
+  rm -f -- "$log"
 }
 
 # Programs that the demo and the tests run. Prints the missing packages' names.
@@ -85,7 +92,7 @@ need_packages() {
   fi
   can_be_root || die "packages are missing, and installing them takes root. Run this, then try again:" \
     "sudo $command"
-  say "installing Debian packages: ${missing[*]}"
+  say "installing Debian packages (may take a minute): ${missing[*]}"
   apt_install "${missing[@]}" || die "apt-get could not install: ${missing[*]} (its reason is above)"
   mapfile -t missing < <("$1")
   ((${#missing[@]} == 0)) || die "still missing after installing them: ${missing[*]}"
