@@ -96,7 +96,7 @@ async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator
     """The point as a file under the mountpoint, page cache included: a point never changes."""
     from vsnapfs.daemon import client
 
-    number = pick(client.call(volume, "rp_list"), point, volume)
+    number = int(client.call(volume, "rp_resolve", point=point)["number"])
     path = mount.mountpoint / "recovery-points" / f"{number:04d}.img"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -130,25 +130,6 @@ async def _open_here(volume: Path, point: str) -> AsyncIterator[_Source]:
             handle.close()
     finally:
         await opened.close()
-
-
-def pick(points: list[dict[str, Any]], point: str, volume: Path) -> int:
-    """The number of the point that `point` names. VsnapError, code "no-such-point"."""
-    numbers = [int(entry["number"]) for entry in points]
-    if numbers and point in ("latest", "oldest"):
-        return max(numbers) if point == "latest" else min(numbers)
-    if point.isascii() and point.isdigit():
-        found = [number for number in numbers if number == int(point)]
-    else:
-        found = [int(entry["number"]) for entry in points if entry.get("label") == point]
-    if not found:
-        raise VsnapError(
-            f"{shown(volume)} has no recovery point {point}",
-            hint=f"`vsnapfs recovery-point list {shown(volume)}` lists them.",
-            errno=errno.ENOENT,
-            code="no-such-point",
-        )
-    return max(found)  # of points with the same label the newest
 
 
 async def _read(source: _Source, offset: int, length: int) -> bytes | memoryview:

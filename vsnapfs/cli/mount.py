@@ -27,7 +27,7 @@ from vsnapfs.errors import BusyError, UsageError, VsnapError
     "options",
     multiple=True,
     metavar="OPTION,...",
-    help="Mount options, as of mount(8). Known to matter: allow_other.",
+    help="Mount options: allow_other lets other users look in; also noatime, noexec.",
 )
 @click.option(
     "--accept-changed-replica",
@@ -48,13 +48,13 @@ def mount(
     volume that is offline can be mounted too: its recovery points are readable.
     """
     place = Path(os.path.abspath(mountpoint))
-    chosen = [option for group in options for option in group.split(",") if option]
     from vsnapfs.daemon import server
 
     if foreground:
-        server.serve(volume, place, options=chosen, accept_changed_replica=accept_changed_replica)
+        server.serve(volume, place, options=options, accept_changed_replica=accept_changed_replica)
         return
-    pid = server.spawn(volume, place, options=chosen, accept_changed_replica=accept_changed_replica)
+    accept = accept_changed_replica
+    pid = server.spawn(volume, place, options=options, accept_changed_replica=accept)
     note(f"{shown(volume)} is mounted on {shown(place)} (process {pid}).")
 
 

@@ -76,12 +76,6 @@ def when(nanoseconds: int) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def iso(nanoseconds: int) -> str:
-    """Nanoseconds since the epoch in ISO 8601 with microseconds, UTC."""
-    moment = datetime.fromtimestamp(nanoseconds // 10**9, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{nanoseconds % 10**9 // 1000:06d}Z"
-
-
 def console() -> Console:
     """Stdout for rich. Without a terminal it is plain and so wide that nothing is ever wrapped."""
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Group
-from vsnapfs.cli.output import iso, note, print_json, print_table, progress, when
+from vsnapfs.cli.output import note, print_json, print_table, progress, when
 from vsnapfs.cli.params import FileType, LabelType, PointType, json_option, volume_argument
 from vsnapfs.config import shown
 
@@ -57,7 +57,7 @@ def list_points(volume: Path, as_json: bool) -> None:
 
     points: list[dict[str, Any]] = client.call(volume, "rp_list")
     if as_json:
-        print_json([_point_json(point) for point in points])
+        print_json(points)
     elif not points:
         note(f"{shown(volume)} has no recovery points.")
     else:
@@ -81,8 +81,8 @@ def delete(volume: Path, point: str, force: bool) -> None:
     """
     from vsnapfs.daemon import client
 
-    client.call(volume, "rp_delete", point=point, force=force)
-    note(f"Recovery point {point} of {shown(volume)} is deleted.")
+    deleted = client.call(volume, "rp_delete", point=point, force=force)
+    note(f"Recovery point {deleted['number']} of {shown(volume)} is deleted.")
 
 
 @recovery_point.command(
@@ -133,15 +133,5 @@ def restore(volume: Path, point: str, force: bool) -> None:
 
     note(f"Restoring the replica of {shown(volume)} to recovery point {point}.")
     with progress("restore") as report:
-        client.call(volume, "rp_restore", progress=report, point=point, force=force)
-    note(f"The replica of {shown(volume)} now equals recovery point {point}.")
-
-
-def _point_json(point: dict[str, Any]) -> dict[str, Any]:
-    """One entry of `list --json`."""
-    return {
-        "number": point["number"],
-        "created": iso(point["created_ns"]),
-        "created_ns": point["created_ns"],
-        "label": point.get("label"),
-    }
+        restored = client.call(volume, "rp_restore", progress=report, point=point, force=force)
+    note(f"The replica of {shown(volume)} now equals recovery point {restored['number']}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,7 +37,8 @@ def resize(volume: Path, total: int) -> None:
         client.call(volume, "resize", progress=report, total=total)
     after = client.call(volume, "status")
     click.echo(f"{shown(volume)}: diff area {sizes(after['diff_area'])}")
-    _say_if_offline(volume, after)
+    if after.get("state") == "offline":
+        note(f"{shown(volume)} is still offline. Next: vsnapfs online {shown(volume)}")
 
 
 @click.command(
@@ -89,8 +89,3 @@ def online(volume: Path, give_up: bool, yes: bool) -> None:
     for warning in warnings or []:
         warn(warning)
     note(f"{shown(volume)} is online. Whoever had it open must open or attach it anew.")
-
-
-def _say_if_offline(volume: Path, status: dict[str, Any]) -> None:
-    if status.get("state") == "offline":
-        note(f"{shown(volume)} is still offline. Next: vsnapfs online {shown(volume)}")

@@ -52,7 +52,10 @@ def _show(name: str, result: dict[str, Any]) -> None:
 
 
 def _problem(problem: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [("problem", str(problem.get("what", "?"))), ("where", str(problem.get("where", "?")))]
+    known = ("what", "message", "points", "ranges")
+    place = ", ".join(f"{key} {value}" for key, value in problem.items() if key not in known)
+    facts = [("problem", f"{problem.get('what', '?')}: {problem.get('message', '?')}")]
+    facts.append(("where", place or "?"))
     if problem.get("points"):
         facts.append(("points", ", ".join(str(number) for number in problem["points"])))
     if problem.get("ranges"):
