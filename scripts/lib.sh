@@ -79,6 +79,11 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), 
   pkg-config --exists fuse3 2>/dev/null || echo libfuse3-dev
 }
 
+missing_anything() {
+  missing_tools
+  missing_build_tools
+}
+
 # need_packages FUNCTION: installs what FUNCTION prints, and looks again.
 need_packages() {
   local missing
@@ -165,12 +170,13 @@ make_venv() (
 setup() {
   local level=$1 lock
   find_python
-  need_packages missing_tools
   # Two scripts started at once: the second waits for the first one's work.
   exec {lock}<"$root"
   flock "$lock"
-  if ! venv_is_good "$level"; then
-    need_packages missing_build_tools
+  if venv_is_good "$level"; then
+    need_packages missing_tools
+  else
+    need_packages missing_anything
     make_venv "$level"
   fi
   exec {lock}<&-
