@@ -101,9 +101,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
             "detach_loop": lambda device: made.done.append(("detach", device)),
             "unmount": lambda mount: made.done.append(("unmount", mount.mountpoint)),
         },
+        "process": {"log_to_stderr": lambda: None},
         "server": {
             "spawn": lambda *a, **k: made.done.append(("spawn", a, k)) or 4711,
-            "serve": lambda *a, **k: made.done.append(("serve", a, k)),
+            "serve": lambda *a, **k: (made.done.append(("serve", a, k)), k["ready"]()),
         },
     }
     for name, contents in modules.items():

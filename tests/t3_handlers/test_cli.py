@@ -210,6 +210,9 @@ def test_a_bad_total_never_reaches_resize(backend: Backend, volume: Path, size: 
     [
         ("", "empty"),
         ("  ", "empty"),
+        (" a", "space"),
+        ("a\u202eb", "control"),
+        ("a\u2028b", "control"),
         ("123", "digits"),
         ("１２", "digits"),
         ("latest", "latest"),

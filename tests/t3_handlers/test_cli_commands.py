@@ -98,7 +98,14 @@ def test_mount_in_the_foreground_serves_here(
     backend: Backend, volume: Path, tmp_path: Path
 ) -> None:
     """--foreground serves in this process."""
-    ok("mount", volume, tmp_path / "m", "--foreground", "--accept-changed-replica")
+    result = ok(
+        *("mount", volume, tmp_path / "m", "--foreground"),
+        "--accept-changed-replica",
+        "--lang",
+        "ja",
+    )
+    assert "Ctrl-C" in result.stderr
+    assert backend.done[-1][2]["lang"] == "ja"
     assert backend.done[-1][0] == "serve"
     assert backend.done[-1][2]["accept_changed_replica"] is True
 

@@ -3,9 +3,9 @@
 Owns the exit codes and the form of an error. Promises: no traceback for anything foreseen;
 stdout is flushed before success is reported, so that a full disk or a closed pipe is noticed.
 
-Exit codes: 0 done · 1 could not be done · 2 the command line itself is wrong · 3 `status` saw a
-volume that is offline by a fault · 5 `verify` found problems · 130 Ctrl-C · 141 the reader of a
-pipe went away · 128 + number for any other signal.
+Exit codes: 0 done · 1 could not be done · 2 the command line is wrong, nothing was changed · 3 the
+volume is offline by a fault (`status` saw one, or it is why a command was refused) · 5 `verify`
+found problems · 130 Ctrl-C · 141 the reader of a pipe went away · 128 + number for other signals.
 """
 
 from __future__ import annotations

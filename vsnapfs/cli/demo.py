@@ -5,21 +5,14 @@ from __future__ import annotations
 import click
 
 from vsnapfs.cli.base import Command
+from vsnapfs.cli.params import lang_option
 
 
 @click.command(
     cls=Command,
     examples="$ vsnapfs demo --fast",
 )
-@click.option(
-    "--lang",
-    type=click.Choice(["en", "ja"]),
-    default="en",
-    envvar="VSNAPFS_LANG",
-    show_default=True,
-    show_envvar=True,
-    help="Language of the story.",
-)
+@lang_option("the story")
 @click.option("--fast", is_flag=True, help="Smaller sizes and no pauses: under a minute.")
 @click.pass_context
 def demo(ctx: click.Context, lang: str, fast: bool) -> None:

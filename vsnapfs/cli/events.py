@@ -10,7 +10,7 @@ import click
 
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import note
-from vsnapfs.cli.params import volume_argument
+from vsnapfs.cli.params import lang_option, volume_argument
 from vsnapfs.config import VolumePaths, shown
 from vsnapfs.errors import UsageError
 
@@ -29,15 +29,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
 @click.option("--xml", "as_xml", is_flag=True, help="Windows event XML.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with new events until Ctrl-C.")
-@click.option(
-    "--lang",
-    type=click.Choice(["en", "ja"]),
-    default="en",
-    envvar="VSNAPFS_LANG",
-    show_default=True,
-    show_envvar=True,
-    help="Language of the sentences. Ids, levels and names never change.",
-)
+@lang_option("the sentences; ids, levels and names never change")
 def events(volume: Path, as_json: bool, as_xml: bool, follow: bool, lang: str) -> None:
     """Show the event log of a volume, oldest first.
 

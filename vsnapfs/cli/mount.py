@@ -9,7 +9,7 @@ import click
 
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import note
-from vsnapfs.cli.params import FileType, VolumeNameType, volume_argument
+from vsnapfs.cli.params import FileType, VolumeNameType, lang_option, volume_argument
 from vsnapfs.cli.volumes import find_mount, find_volume
 from vsnapfs.config import shown
 from vsnapfs.errors import BusyError, UsageError, VsnapError
@@ -35,12 +35,14 @@ from vsnapfs.errors import BusyError, UsageError, VsnapError
     help="Mount although something wrote to the replica beside vsnapfs. What it overwrote is "
     "missing from the recovery points.",
 )
+@lang_option("MOUNTPOINT/events.log")
 def mount(
     volume: Path,
     mountpoint: Path,
     foreground: bool,
     options: tuple[str, ...],
     accept_changed_replica: bool,
+    lang: str,
 ) -> None:
     """Mount a volume on an existing, empty directory.
 
@@ -48,13 +50,23 @@ def mount(
     volume that is offline can be mounted too: its recovery points are readable.
     """
     place = Path(os.path.abspath(mountpoint))
-    from vsnapfs.daemon import server
+    from vsnapfs.daemon import process, server
 
-    if foreground:
-        server.serve(volume, place, options=options, accept_changed_replica=accept_changed_replica)
-        return
     accept = accept_changed_replica
-    pid = server.spawn(volume, place, options=options, accept_changed_replica=accept)
+    if foreground:
+        process.log_to_stderr()
+        server.serve(
+            volume,
+            place,
+            options=options,
+            accept_changed_replica=accept,
+            lang=lang,
+            ready=lambda: note(
+                f"{shown(volume)} is mounted on {shown(place)}; Ctrl-C unmounts it."
+            ),
+        )
+        return
+    pid = server.spawn(volume, place, options=options, accept_changed_replica=accept, lang=lang)
     note(f"{shown(volume)} is mounted on {shown(place)} (process {pid}).")
 
 

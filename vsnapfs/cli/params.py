@@ -135,14 +135,17 @@ def label_problem(label: str) -> str:
     """Why `label` cannot name a recovery point; "" when it can."""
     if not label.strip():
         return "A label must not be empty."
-    if label.strip().isdigit():
+    if label != label.strip():
+        return f"The label {label!r} begins or ends with a space."
+    if label.isdigit():
         return f"The label {label!r} is all digits: it would look like a point's number."
-    if label.strip().lower() in RESERVED_LABELS:
-        return f"The label {label!r} already means the {label.strip().lower()} recovery point."
+    if label.lower() in RESERVED_LABELS:
+        return f"The label {label!r} already means the {label.lower()} recovery point."
     if "/" in label:
         return f"The label {label!r} contains a '/'."
-    # Cc, Cs, Zl, Zp: control characters, bytes that are no UTF-8, line and paragraph separators.
-    if any(unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} for c in label):
+    # C…: control and format characters, bytes that are no UTF-8. Zl, Zp: separators of lines.
+    categories = {unicodedata.category(c) for c in label}
+    if any(category[0] == "C" or category in ("Zl", "Zp") for category in categories):
         return "A label must be UTF-8 text of one line, without control characters."
     size = len(label.encode())
     if size > MAX_LABEL:
@@ -158,6 +161,19 @@ def volume_argument(function: _F) -> _F:
 def json_option(what: str) -> Callable[[_F], _F]:
     """The --json flag of a report."""
     return click.option("--json", "as_json", is_flag=True, help=f"{what} as JSON, for programs.")
+
+
+def lang_option(what: str) -> Callable[[_F], _F]:
+    """The --lang option; VSNAPFS_LANG chooses for a whole session."""
+    return click.option(
+        "--lang",
+        type=click.Choice(["en", "ja"]),
+        default="en",
+        envvar="VSNAPFS_LANG",
+        show_default=True,
+        show_envvar=True,
+        help=f"Language of {what}.",
+    )
 
 
 def complete_volume(incomplete: str) -> list[CompletionItem]:
