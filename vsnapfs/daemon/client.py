@@ -1,0 +1,200 @@
+"""call(): carry out one operation on a volume, mounted or not.
+
+Owns the decision which way to go. If a process serves the volume, it is asked through its control
+socket; if none does, the volume is opened here under the same lock and the same operation runs in
+this process. Both can change between two looks, so the way is looked for anew until one holds.
+
+Promises: an operation is begun at most once; a server that stops answering is an error after 30 s,
+not a hang; what leaves `call` is the operation's VsnapError, whichever way it came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from vsnapfs.config import shown
+from vsnapfs.daemon.control import encode, open_directory, socket_address
+from vsnapfs.daemon.operations import OPERATIONS, Progress
+from vsnapfs.daemon.process import run_trio
+from vsnapfs.errors import VsnapError
+
+if TYPE_CHECKING:
+    from vsnapfs.volume import Volume
+
+# Six times the server's sign of life.
+_SILENCE_SECONDS = 30.0
+# How long a lock may be held by somebody who does not answer: a server that is opening or closing
+# the volume, or a command that runs without one.
+_LOCK_SECONDS = 5.0
+_SERVER_ONLY = ("stop",)
+
+
+class _NotServed(Exception):
+    """Nobody answers, or the server ended before it began the operation."""
+
+
+class _Locked(Exception):
+    """The volume could not be opened here: another process has it. reason: as `open` said it."""
+
+    def __init__(self, reason: VsnapError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
+
+
+def call(
+    directory: str | os.PathLike[str], op: str, *, progress: Progress | None = None, **params: Any
+) -> Any:
+    """Carry out `op` on the volume in `directory` and return its result (plain JSON).
+
+    progress(phase, done, total): called now and then by long operations, bytes.
+    VsnapError: the operation's own; code "not-mounted" for `stop` when nobody serves; "busy" when
+    another process holds the volume without serving it; "no-answer", "server-gone".
+    """
+    folder = Path(os.path.realpath(directory))
+    give_up = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return _ask(folder, op, params, progress)
+        except _NotServed:
+            pass
+        if op in _SERVER_ONLY:
+            raise VsnapError(f"{shown(folder)} is not mounted", code="not-mounted")
+        try:
+            return _do(folder, op, params, progress)
+        except _Locked as locked:
+            if time.monotonic() > give_up:
+                raise locked.reason from None
+        time.sleep(0.1)
+
+
+def is_served(directory: str | os.PathLike[str]) -> bool:
+    """Whether a process listens on the volume's control socket."""
+    return server_pid(directory) is not None
+
+
+def server_pid(directory: str | os.PathLike[str]) -> int | None:
+    """The process that serves the volume, by the kernel's word; None if none does."""
+    try:
+        with _connect(Path(os.path.realpath(directory)), timeout=2.0) as connection:
+            return _peer_pid(connection)
+    except (_NotServed, VsnapError):
+        return None
+
+
+# ---- through the socket -------------------------------------------------------------------------
+
+
+def _connect(folder: Path, timeout: float) -> socket.socket:
+    try:
+        fd = open_directory(folder)
+    except OSError as error:
+        raise _NotServed from error  # opening the volume will say what is wrong
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(socket_address(fd))
+    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
+        connection.close()
+        raise _NotServed from error
+    except OSError as error:
+        connection.close()
+        raise VsnapError(
+            f"cannot reach the process that serves {shown(folder)}: {error.strerror or error}",
+            errno=error.errno or 110,
+            code="no-answer",
+        ) from error
+    finally:
+        os.close(fd)
+    return connection
+
+
+def _peer_pid(connection: socket.socket) -> int | None:
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", raw)[0]
+    return pid or None
+
+
+def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
+    with _connect(folder, timeout=_SILENCE_SECONDS) as connection:
+        accepted = False
+        try:
+            connection.sendall(encode({"op": op, "params": params}))
+            with connection.makefile("rb") as answers:
+                for line in answers:
+                    answer = json.loads(line)
+                    if "result" in answer:
+                        return answer["result"]
+                    if "error" in answer:
+                        error = VsnapError.from_json(answer["error"])
+                        if error.code == "closing":
+                            raise _NotServed  # it was not begun
+                        raise error
+                    accepted = accepted or "accepted" in answer
+                    if progress is not None and answer.get("progress"):
+                        progress(*answer["progress"])
+        except TimeoutError:
+            raise VsnapError(
+                f"the process that serves {shown(folder)} ({_peer_pid(connection)}) does not"
+                f" answer for {_SILENCE_SECONDS:.0f} s",
+                errno=110,
+                code="no-answer",
+            ) from None
+        except ConnectionError as error:
+            if not accepted:
+                raise _NotServed from error
+        except ValueError as error:
+            raise VsnapError(
+                f"what answers for {shown(folder)} does not speak our protocol", code="protocol"
+            ) from error
+    if not accepted:
+        raise _NotServed
+    raise VsnapError(
+        f"the process that serves {shown(folder)} ended during {op}",
+        hint="Whether it was carried out is not known; its log is server.log there.",
+        code="server-gone",
+    )
+
+
+# ---- directly -----------------------------------------------------------------------------------
+
+
+def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
+    operation = OPERATIONS[op]
+
+    async def main() -> Any:
+        volume = await _open_here(folder)
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(volume.run)
+                result = await operation(volume, params, progress)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await volume.close()
+        return result
+
+    result = run_trio(main)
+    if op == "status":
+        # This process is not serving anything, and is gone when the answer is read.
+        result |= {"pid": None, "mountpoint": None}
+    return result
+
+
+async def _open_here(folder: Path) -> Volume:
+    from vsnapfs.volume import Volume
+
+    try:
+        return await Volume.open(folder)
+    except VsnapError as error:
+        if error.code == "busy":
+            raise _Locked(error) from error
+        raise

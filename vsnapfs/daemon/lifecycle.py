@@ -1,0 +1,267 @@
+"""From an open volume to a clean close: the one order in which things begin and end.
+
+Owns the nurseries of the serving process:
+
+    outer   signals · control socket (answers until after the volume is closed)
+    inner   the volume's background tasks · the kernel's notices · the FUSE loop
+
+and what ends the mount. Promises: however it ends (umount by anybody, the `stop` operation, a
+signal, a defect), requests in progress are answered, then the session is closed, operations that
+change something finish, the background tasks end, and `Volume.close` is reached, in this order.
+
+What ends it:
+
+* umount(8), fusermount3 -u: the kernel ends the FUSE loop; busy mounts it refuses itself.
+* the operation `stop` (vsnapfs umount): unmounts; EBUSY is reported with what holds it, and the
+  mount goes on. Answers when the volume is closed and its lock is free.
+* SIGTERM, SIGINT, SIGHUP: as `stop`. If the mount is busy, it is taken away all the same, since
+  whoever sends a signal (systemd, a shutdown) kills next: file systems mounted on our loop devices
+  are synced (at most 10 s), event 1091 names the users, requests in progress are answered, and
+  the volume is closed. To what still has it open, that is a disk that was pulled, after a sync.
+  A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from vsnapfs.config import shown
+from vsnapfs.daemon import client, mounts
+from vsnapfs.daemon.control import ControlServer
+from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
+from vsnapfs.daemon.preflight import Plan
+from vsnapfs.daemon.process import leading
+from vsnapfs.errors import BusyError, VsnapError
+from vsnapfs.fuse import Session, VolumeOperations, mount_options
+
+if TYPE_CHECKING:
+    from vsnapfs.volume import Volume
+
+_logger = logging.getLogger("vsnapfs.daemon")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# A server that is just closing the volume, or a command without one, gets this long.
+_LOCK_SECONDS = 5.0
+_SYNC_SECONDS = 10.0
+# How long requests in progress may take once the loop is told to end (a stuck disk, for example).
+_LAST_REQUESTS_SECONDS = 30.0
+# An unmounted file system whose loop has not ended by then is in use where we cannot see it.
+_LOOP_END_SECONDS = 5.0
+
+
+class Interrupted(VsnapError):
+    """A signal arrived before the volume was mounted."""
+
+
+async def open_volume(plan: Plan, *, accept_changed_replica: bool) -> Volume:
+    """Open the volume for serving. BusyError names who has it."""
+    from vsnapfs.volume import Volume
+
+    give_up = trio.current_time() + _LOCK_SECONDS
+    while True:
+        try:
+            return await Volume.open(
+                plan.directory,
+                accept_changed_replica=accept_changed_replica,
+                mountpoint=str(plan.mountpoint),
+            )
+        except VsnapError as error:
+            if error.code != "busy":
+                raise
+            pid = await trio.to_thread.run_sync(client.server_pid, plan.directory)
+            if pid is not None:
+                mount = mounts.mount_of(plan.directory)
+                where = f", mounted on {shown(mount.mountpoint)}" if mount else ""
+                raise BusyError(
+                    f"{shown(plan.directory)} is served by process {pid} already{where}"
+                ) from error
+            if trio.current_time() > give_up:
+                raise
+        await trio.sleep(0.1)
+
+
+class Server:
+    """One volume, served once. `run` returns after a clean end and raises what ended it else."""
+
+    def __init__(
+        self, plan: Plan, *, accept_changed_replica: bool, lang: str, ready: Callable[[], None]
+    ) -> None:
+        self._plan = plan
+        self._accept = accept_changed_replica
+        self._lang = lang
+        self._ready = ready
+        self._session: Session | None = None
+        self._loop_scope: trio.CancelScope | None = None
+        self._loop_ended = trio.Event()
+        self._unmounting = trio.Lock()
+        self._closed = trio.Event()
+        self._close_failure: BaseException | None = None
+        self._device = ""
+        self._volume: Volume | None = None
+        self._interrupted = False
+
+    async def run(self) -> None:
+        """Open, mount, serve, close."""
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async with trio.open_nursery() as outer:
+                outer.start_soon(self._obey, signals, outer)
+                volume = await open_volume(self._plan, accept_changed_replica=self._accept)
+                self._volume = volume
+                control = ControlServer(self._plan.directory, volume, self._operations())
+                try:
+                    await self._serve(volume, control, outer)
+                finally:
+                    # From here on nothing may keep the volume from being closed.
+                    with trio.CancelScope(shield=True):
+                        await self._end(volume, control)
+                outer.cancel_scope.cancel()
+        if self._interrupted:
+            raise Interrupted("interrupted before the volume was mounted", code="interrupted")
+
+    # ---- serving -------------------------------------------------------------------------------
+
+    async def _serve(self, volume: Volume, control: ControlServer, outer: trio.Nursery) -> None:
+        handlers = VolumeOperations(volume, shared=self._plan.shared, lang=self._lang)
+        options = mount_options(self._plan.directory, self._plan.options)
+        session = Session(handlers, self._plan.mountpoint, options)
+        session.mount()
+        self._session = session
+        try:
+            mount = mounts.top_mount(self._plan.mountpoint)
+            self._device = mount.device if mount else ""
+            control.listen()
+            await outer.start(control.serve)
+            async with trio.open_nursery() as inner:
+                await inner.start(volume.run)
+                inner.start_soon(session.forget_deleted_points)
+                self._ready()
+                try:
+                    with trio.CancelScope() as self._loop_scope:
+                        await session.run()
+                finally:
+                    self._loop_ended.set()
+                    session.close()
+                await control.finish_operations()
+                inner.cancel_scope.cancel()
+        finally:
+            session.close()
+
+    async def _end(self, volume: Volume, control: ControlServer) -> None:
+        control.unlink()  # before the lock is released: the next server makes its own
+        try:
+            await volume.close()
+        except BaseException as exc:
+            self._close_failure = leading(exc)
+            raise
+        finally:
+            self._closed.set()
+            await control.deliver()
+
+    # ---- stopping ------------------------------------------------------------------------------
+
+    def _operations(self) -> dict[str, Operation]:
+        stop = Operation("stop", self._stop, {"mountpoint": Param((str,), default=None)})
+        return OPERATIONS | {"stop": stop}
+
+    async def _stop(
+        self, _volume: Volume, _progress: Progress, *, mountpoint: str | None
+    ) -> dict[str, Any]:
+        """The operation `stop`: unmount, close; answer when the volume is free again.
+
+        mountpoint: if given, it must be the one we serve (a guard against a stale mount table).
+        """
+        ours = str(self._plan.mountpoint)
+        if mountpoint not in (None, ours):
+            raise VsnapError(
+                f"the process that serves this volume has it mounted on {shown(ours)}",
+                code="not-mounted",
+            )
+        await self._unmount()
+        await self._closed.wait()
+        if self._close_failure is not None:
+            raise self._close_failure
+        return {"mountpoint": ours}
+
+    async def _unmount(self) -> None:
+        """Unmount, with nothing forced; returns when the FUSE loop has ended. BusyError if used."""
+        async with self._unmounting:
+            if self._loop_ended.is_set():
+                return
+            top = mounts.top_mount(self._plan.mountpoint)
+            if top is None or top.device != self._device:
+                what = f"{top.fstype} is mounted over it" if top else "it was unmounted lazily"
+                raise BusyError(f"{shown(self._plan.mountpoint)} cannot be unmounted: {what}")
+            # In a thread: the kernel may ask this process before it answers.
+            await trio.to_thread.run_sync(mounts.unmount_now, self._plan.mountpoint)
+            with trio.move_on_after(_LOOP_END_SECONDS):
+                await self._loop_ended.wait()
+            if not self._loop_ended.is_set():
+                raise BusyError(
+                    "unmounted here, but the file system is in use elsewhere",
+                    hint="It is mounted in another place or mount namespace; "
+                    "the server ends when that does.",
+                )
+
+    async def _obey(self, signals: AsyncIterator[int], outer: trio.Nursery) -> None:
+        """The first signal unmounts, or pulls the disk if that cannot be; the second pulls."""
+        asked = False
+        async for _ in signals:
+            if self._session is None or self._loop_scope is None:
+                self._interrupted = True
+                outer.cancel_scope.cancel()  # not serving yet; run() still closes what is open
+            elif not asked:
+                asked = True
+                outer.start_soon(self._unmount_or_pull)
+            else:
+                self._pull()
+
+    async def _unmount_or_pull(self) -> None:
+        try:
+            await self._unmount()
+            return
+        except VsnapError as error:
+            remark = f"a signal ended the server while the mount was in use: {error.message}"
+        await self._sync_above()
+        _logger.warning("%s", remark)
+        if self._volume is not None:
+            self._volume.log.log("vsnapfs", 1091, volume=str(self._plan.directory), text=remark)
+        self._pull()
+
+    def _pull(self) -> None:
+        """End the loop after the requests in progress; `Session.close` then unmounts lazily."""
+        if self._session is not None and self._loop_scope is not None:
+            self._session.terminate()
+            deadline = trio.current_time() + _LAST_REQUESTS_SECONDS
+            self._loop_scope.deadline = min(self._loop_scope.deadline, deadline)
+
+    async def _sync_above(self) -> None:
+        """Let the file systems on our loop devices write what they hold back, for a while."""
+        devices = mounts.loop_devices(self._plan.mountpoint)
+        above = [str(mount.mountpoint) for mount in mounts.all_mounts() if mount.source in devices]
+        # Plain threads: one that hangs is left to end with the mount, and holds nothing up.
+        threads = [threading.Thread(target=_syncfs, args=(path,), daemon=True) for path in above]
+        for thread in threads:
+            thread.start()
+        with trio.move_on_after(_SYNC_SECONDS):
+            while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110 - see above
+                await trio.sleep(0.05)
+
+
+def _syncfs(path: str) -> None:
+    """syncfs(2). Not pyfuse3's, which keeps the GIL and so the very loop that must answer."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        ctypes.CDLL(None).syncfs(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,117 @@
+"""The process that serves: its limits, its memory, its log, and exceptions that come in groups.
+
+Promises that nothing here can keep a volume from being served: what the machine does not allow is
+left out. Leaves the order of things to `lifecycle`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from vsnapfs.errors import VsnapError
+
+T = TypeVar("T")
+
+LOG_NAME = "server.log"
+_PR_SET_IO_FLUSHER = 57
+# Far enough down that others are killed first, not so far that nothing could free a machine on
+# which this process itself is what eats the memory.
+_OOM_SCORE = -500
+
+
+def prepare() -> None:
+    """Make this process fit to serve. Before any thread starts: they inherit what is set here."""
+    os.umask(0o077)
+    _raise_file_limit()
+    _become_io_flusher()
+    try:
+        Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
+    except OSError:
+        pass  # needs CAP_SYS_RESOURCE
+
+
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # some systems report a hard limit that cannot be reached; the soft one stays
+
+
+def _become_io_flusher() -> bool:
+    """Tell the kernel that reclaiming memory must not wait for this process (DESIGN §6 rule 12).
+
+    Without it, a loop device over this server can hang the machine when memory is short: we need
+    memory to write, and the kernel would want to write through us to get it. Needs
+    CAP_SYS_RESOURCE, which whoever may set up a loop device has.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    zero = ctypes.c_ulong(0)
+    return bool(libc.prctl(_PR_SET_IO_FLUSHER, ctypes.c_ulong(1), zero, zero, zero) == 0)
+
+
+def open_log(directory: Path) -> int:
+    """Open the volume's server.log for appending (0600, no symbolic link); a file descriptor."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        # O_NONBLOCK: a pipe put there must not keep us waiting.
+        return os.open(LOG_NAME, flags | os.O_NONBLOCK, 0o600, dir_fd=folder)
+    except OSError as error:
+        raise VsnapError(
+            f"cannot open {directory}/{LOG_NAME}: {error.strerror}", errno=error.errno or 5
+        ) from error
+    finally:
+        os.close(folder)
+
+
+def log_to_stderr() -> None:
+    """What modules say through `logging`, warnings and worse, with the time."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    )
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def run_trio(function: Callable[[], Awaitable[T]]) -> T:
+    """trio.run, but a failure leaves it as itself, never wrapped in the groups of nurseries.
+
+    Strict groups on every trio version, so that both the oldest and the newest we support behave
+    the same here.
+    """
+    try:
+        result: T = trio.run(function, strict_exception_groups=True)
+    except BaseExceptionGroup as group:
+        raise leading(group) from group
+    return result
+
+
+def leading(exc: BaseException) -> BaseException:
+    """The exception in nested groups that tells most.
+
+    An interruption before all, then a VsnapError, then the first.
+    """
+    leaves: list[BaseException] = []
+    pending = [exc]
+    while pending:
+        one = pending.pop(0)
+        if isinstance(one, BaseExceptionGroup):
+            pending.extend(one.exceptions)
+        else:
+            leaves.append(one)
+    for kind in (KeyboardInterrupt, VsnapError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]

@@ -1,0 +1,142 @@
+"""pyfuse3's session: mounting, the loop, and the end. There is one in a process.
+
+Owns the calls of pyfuse3's module functions and their order, which matters: `mount`, then `run`
+until somebody unmounts or `terminate` is called, then `close`, each once. Promises that a failing
+mount is a VsnapError with libfuse's own words in it (libfuse prints them to stderr and returns
+only "failed"), and that the kernel forgets the pages of a deleted point.
+
+Leaves who may mount what where, and what happens when the mount is busy, to the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from vsnapfs.errors import VsnapError
+from vsnapfs.fuse.operations import VolumeOperations
+from vsnapfs.fuse.tree import POINT_BASE, POINTS, point_name
+
+_SUBTYPE = "vsnapfs"
+_HARMLESS = frozenset((string.ascii_letters + string.digits + "/._-+@:=~").encode())
+# Requests in progress at one time. The kernel keeps 12 in its queue by default (max_background);
+# more tasks than can be fed cost nothing but their memory.
+_MAX_TASKS = 99
+
+
+def mount_options(source: Path, extra: Iterable[str] = ()) -> set[str]:
+    """The options pyfuse3.init takes: the mount's source is the volume's directory.
+
+    extra: options already known to be harmless, such as allow_other.
+    """
+    return {f"fsname={_escaped(source)}", f"subtype={_SUBTYPE}", "default_permissions", *extra}
+
+
+def _escaped(path: Path) -> str:
+    r"""`path` as the value of one -o option of libfuse.
+
+    libfuse splits at commas and undoes backslashes and \ooo; pyfuse3 takes only ASCII. So every
+    byte that is not plainly harmless becomes \ooo, whatever encoding the name is in.
+    """
+    return "".join(
+        chr(byte) if byte in _HARMLESS else f"\\{byte:03o}" for byte in os.fsencode(path)
+    )
+
+
+class Session:
+    """The mount of one volume in this process."""
+
+    def __init__(self, operations: VolumeOperations, mountpoint: Path, options: set[str]) -> None:
+        self._operations = operations
+        self._mountpoint = mountpoint
+        self._options = options
+        self._open = False
+        self._running = False
+
+    def mount(self) -> None:
+        """Mount. Requests wait in the kernel until `run`. VsnapError when it is refused."""
+        said: list[str] = []
+        try:
+            with _stderr_into(said):
+                pyfuse3.init(self._operations, str(self._mountpoint), self._options)
+        except Exception as exc:
+            reason = " ".join(" ".join(said).split()) or str(exc)
+            raise VsnapError(
+                f"cannot mount on {self._mountpoint}: {reason}", code="mount-failed"
+            ) from exc
+        self._open = True
+
+    async def run(self) -> None:
+        """Answer requests until the mount is gone or `terminate` is called.
+
+        Requests in progress at that moment are answered first. OSError when the kernel's end
+        breaks. This is where polling the descriptor before parking will go: pyfuse3 has no hook
+        for it, so its module-level name `trio` would be replaced around this one call.
+        """
+        self._running = True
+        try:
+            await pyfuse3.main(max_tasks=_MAX_TASKS)
+        finally:
+            self._running = False
+
+    def terminate(self) -> None:
+        """Let `run` return once the requests in progress are answered. Harmless at any time."""
+        if self._running:
+            pyfuse3.terminate()
+
+    def close(self) -> None:
+        """End the session; unmounts (lazily) unless somebody has. Harmless when not mounted."""
+        if self._open:
+            self._open = False
+            pyfuse3.close(unmount=True)
+
+    async def forget_deleted_points(self) -> None:
+        """Forever: when a point is deleted, let the kernel drop its name and its cached pages.
+
+        Names are never cached for any time, so nothing depends on this for what a lookup finds.
+        It makes handles that were open (deletion by force) fail at their next read instead of
+        living on from the page cache, wakes those who watch the directory, and frees memory.
+
+        In a thread, since the kernel may wait for a request that this process must answer.
+        """
+        known = set(self._operations.tree.points())
+        while True:
+            now = set(self._operations.tree.points())
+            deleted, known = known - now, now
+            if not deleted:  # and nothing can change before the next line waits
+                await self._operations.points_changed()
+            for number in sorted(deleted):
+                await trio.to_thread.run_sync(_forget, number)
+
+
+def _forget(number: int) -> None:
+    inode = POINT_BASE + number
+    # OSError: the kernel knew nothing of it, or the mount has just gone.
+    with suppress(OSError):
+        pyfuse3.invalidate_entry(POINTS, point_name(number), inode)
+    with suppress(OSError):
+        pyfuse3.invalidate_inode(inode)
+
+
+@contextmanager
+def _stderr_into(lines: list[str]) -> Iterator[None]:
+    """Collect what C code writes to file descriptor 2 meanwhile."""
+    catcher = os.memfd_create("vsnapfs-stderr", os.MFD_CLOEXEC)
+    saved = os.dup(2)
+    try:
+        os.dup2(catcher, 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            text = os.pread(catcher, 4096, 0).decode("utf-8", "replace")
+            lines.extend(line for line in text.splitlines() if line.strip())
+    finally:
+        os.close(saved)
+        os.close(catcher)
