@@ -32,6 +32,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI") == "true"
+FUSE_DEVICE = "/dev/fuse"
 TIME_LIMIT = 120.0
 TOKEN_NAME = "VSNAPFS_TEST_RUN"
 TOKEN = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -64,12 +65,12 @@ hypothesis.settings.load_profile("vsnapfs")
 def missing_for_fuse() -> str | None:
     """Why nothing can be mounted through FUSE here, or None."""
     try:
-        status = os.stat("/dev/fuse")
+        status = os.stat(FUSE_DEVICE)
         if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(10, 229):
-            return "/dev/fuse is not the FUSE device"
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+            return f"{FUSE_DEVICE} is not the FUSE device"
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return f"/dev/fuse: {error.strerror}"
+        return f"{FUSE_DEVICE}: {error.strerror}"
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         return "fusermount3 is not installed"
     return None

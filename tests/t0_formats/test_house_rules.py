@@ -20,12 +20,14 @@ Inner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def inner(tmp_path: Path) -> Inner:
-    """Run pytest over the given test code; `wrap` is a command to run it under."""
+    """Run pytest over the given test code, as if `fuse` were the machine's /dev/fuse."""
 
-    def run(code: str, *, ci: bool = False, wrap: tuple[str, ...] = ()) -> object:
+    def run(code: str, *, ci: bool = False, fuse: str = "/dev/fuse") -> object:
         work = tmp_path / "inner"
         (work / "tests").mkdir(parents=True)
-        shutil.copy(TESTS / "conftest.py", work / "tests")
+        conftest = (TESTS / "conftest.py").read_text()
+        assert '"/dev/fuse"' in conftest
+        (work / "tests" / "conftest.py").write_text(conftest.replace('"/dev/fuse"', repr(fuse)))
         shutil.copy(TESTS.parent / "pyproject.toml", work)
         (work / "tests" / "test_inner.py").write_text(code)
         environment = dict(os.environ)
@@ -36,7 +38,7 @@ def inner(tmp_path: Path) -> Inner:
         # Its own token takes the place of ours in the processes that it starts.
         return subprocess.run(
             [
-                *(*wrap, sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+                *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
                 f"--basetemp={tmp_path / 'base'}",
             ],
             cwd=work,
@@ -140,22 +142,26 @@ def test_it(): pass
 """
 
 
-@pytest.mark.needs_loop
 @pytest.mark.parametrize("ci", [False, True], ids=["laptop", "CI"])
-def test_without_dev_fuse_a_laptop_skips_and_ci_fails(inner: Inner, *, ci: bool) -> None:
-    """Where /dev/fuse is something else, the reason is given; in CI that is a failure."""
-    hidden = (
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount --bind /dev/null /dev/fuse && exec "$@"',
-        "-",
-    )
-    result = inner(NEEDY, ci=ci, wrap=hidden)
-    assert "/dev/fuse is not the FUSE device" in result.stdout
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("/nowhere/fuse", "No such file"), ("/dev/null", "is not the FUSE device")],
+)
+def test_without_dev_fuse_a_laptop_skips_and_ci_fails(
+    inner: Inner, device: str, reason: str, *, ci: bool
+) -> None:
+    """Where /dev/fuse is missing or fake, the reason is given; in CI that is a failure."""
+    result = inner(NEEDY, ci=ci, fuse=device)
+    assert reason in result.stdout
     assert ("1 error" if ci else "1 skipped") in result.stdout
     assert result.returncode == (1 if ci else 0)
+
+
+@pytest.mark.needs_fuse
+def test_with_dev_fuse_the_test_runs(inner: Inner) -> None:
+    """The probe is no excuse: where /dev/fuse works, the marked test runs."""
+    result = inner(NEEDY)
+    assert "1 passed" in result.stdout
 
 
 def test_an_unknown_mark_is_an_error(inner: Inner) -> None:
