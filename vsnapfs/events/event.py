@@ -100,7 +100,7 @@ class Event:
             or level not in list(Level)
         ):
             return None
-        return cls(time_ns, source, event_id, Level(level), params)
+        return cls(time_ns, source, event_id, Level(level), plain_params(params))
 
 
 def dump_json(value: Any) -> str:

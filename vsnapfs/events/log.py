@@ -56,6 +56,7 @@ class EventLog:
         self._lock = threading.Lock()
         self._fd = -1
         self._closed = False
+        self._end = 0  # of the file, as last seen
         self._reserved_end = 0
         self._backlog: deque[tuple[bytes, bool]] = deque(maxlen=_BACKLOG)
         self._lost = 0
@@ -71,12 +72,13 @@ class EventLog:
 
         params: any of the names `catalog` lists, in any plain type; None means unknown.
         An id that the catalog lacks is a mistake in the program: logged as a Warning all the same.
+        Takes microseconds; an event of level Error waits for the disk, since it is synced.
         """
         entry = lookup(source, event_id)
         if entry is None:
             _logger.warning("event %s %s is not in the catalog", source, event_id)
         level = entry.level if entry else Level.WARNING
-        event = Event(time.time_ns(), source, int(event_id), level, plain_params(params))
+        event = Event(time.time_ns(), str(source), int(event_id), level, plain_params(params))
         line = event.to_line()
         with self._lock:
             self._lost += len(self._backlog) == _BACKLOG
@@ -214,7 +216,7 @@ class EventLog:
         if not stat.S_ISREG(found.st_mode):
             self._close_file()
             raise OSError(errno.EINVAL, "not a regular file", str(self.path))
-        self._reserved_end = 0
+        self._end = self._reserved_end = 0
         self._keep_reserve()
         if found.st_size == 0:
             _sync_directory(self.path.parent)
@@ -232,6 +234,9 @@ class EventLog:
     def _keep_reserve(self) -> None:
         """Allocate ahead of the end. A refusal is no failure: the next event tries again."""
         size = os.fstat(self._fd).st_size
+        if size < self._end:
+            self._reserved_end = 0  # somebody emptied the file, which frees what was allocated
+        self._end = size
         if self._reserved_end >= size + RESERVE:
             return
         for ahead in (RESERVE + _RESERVE_STEP, RESERVE):

@@ -43,10 +43,10 @@ def follow_events(
 ) -> Iterator[Event]:
     """The events in the file, then each new one as it is written, for ever or until `stop` is set.
 
-    The file need not exist yet, and may be replaced by another on the way. Events written before
-    `stop` was set are all delivered. poll: seconds between looks. existing: False leaves out
-    what is in the file when this function is called. Raises VsnapError when the file cannot be
-    read.
+    The file need not exist yet, and may be replaced by another on the way or made shorter. Events
+    written before `stop` was set are all delivered. poll: seconds between looks. existing: False
+    leaves out what is in the file when this function is called. Raises VsnapError when the file
+    cannot be read.
     """
     tail = _Tail(Path(path))
     if not existing:
@@ -132,7 +132,7 @@ class _Tail:
         return events
 
     def _is_replaced(self) -> bool:
-        """Whether the path names another file now, or the file was cut."""
+        """Whether the path names another file now, or the file has become shorter."""
         mine = os.fstat(self._fd)
         try:
             there = os.lstat(self.path)

@@ -11,7 +11,7 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from vsnapfs.events.catalog import Source, channel
-from vsnapfs.events.event import Event, Level, dump_json
+from vsnapfs.events.event import Event, Level, dump_json, plain_params
 from vsnapfs.events.wording import clean, render_message, sentences
 
 XML_NAMESPACE = "http://schemas.microsoft.com/win/2004/08/events/event"
@@ -25,10 +25,10 @@ _FACILITY = {Source.VOLSNAP: 6, Source.NTFS: 4}
 
 def render_text(event: Event, lang: str = "en") -> str:
     """One line for people: time, level, source and id in columns, then the message."""
-    level = sentences(lang).LEVELS[event.level]
-    width = 11 if lang == "en" else 4
+    levels = sentences(lang).LEVELS
+    level = _pad(levels[event.level], max(map(_columns, levels.values())))
     who = f"{clean(event.source)} {event.event_id}"
-    return f"{event.time}  {_pad(level, width)}  {who:<26}  {render_message(event, lang)}"
+    return f"{event.time}  {level}  {who:<26}  {render_message(event, lang)}"
 
 
 def render_json(event: Event, lang: str = "en") -> str:
@@ -41,7 +41,7 @@ def render_json(event: Event, lang: str = "en") -> str:
             "level": event.level.value,
             "channel": channel(event.source),
             "message": render_message(event, lang),
-            "params": dict(event.params),
+            "params": plain_params(event.params),
         }
     )
 
@@ -98,7 +98,7 @@ def _event_id(event: Event) -> str:
 
 
 def _event_data(event: Event) -> list[str]:
-    params = {name: value for name, value in event.params.items() if value is not None}
+    params = plain_params(event.params)
     data = []
     if event.source == Source.VOLSNAP:
         data.append(f"<Data>{_text(params.get('volume', ''))}</Data>")
@@ -116,6 +116,9 @@ def _text(value: Any) -> str:
 
 
 def _pad(text: str, width: int) -> str:
-    """Left-aligned to `width` columns; characters beyond Latin take two columns each."""
-    taken = sum(2 if ord(char) > 0x2E80 else 1 for char in text)
-    return text + " " * max(0, width - taken)
+    return text + " " * (width - _columns(text))
+
+
+def _columns(text: str) -> int:
+    """How wide `text` is on a terminal: a Japanese character takes two columns."""
+    return sum(2 if ord(char) > 0x2E80 else 1 for char in text)

@@ -103,7 +103,7 @@ SENTENCES: dict[tuple[str, int], str] = {
         " it is done."
     ),
     ("volsnap", 65): (
-        "Restoring {the_point} onto {the_volume} was interrupted and continues where it has to."
+        "Restoring {the_point} onto {the_volume} was interrupted and has been resumed."
     ),
     ("volsnap", 66): (
         "Restoring {the_point} onto {the_volume} is complete; the replica can be opened again."

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from vsnapfs.errors import UsageError
 from vsnapfs.events import sentences_en, sentences_ja
-from vsnapfs.events.event import UNSAFE, Event, dump_json
+from vsnapfs.events.event import UNSAFE, Event, dump_json, plain_params
 from vsnapfs.events.template import fill
 from vsnapfs.units import format_both
 
@@ -88,7 +88,7 @@ def _spell_out(match: re.Match[str]) -> str:
 
 def _values(event: Event, words: Sentences) -> dict[str, str]:
     """What the sentences' names stand for; a name that is missing has no value."""
-    params = {name: value for name, value in event.params.items() if value is not None}
+    params = plain_params(event.params)
     values = {name: clean(value) for name, value in params.items()}
     for name in _BYTE_PARAMS:
         if _is_int(params.get(name)):
