@@ -151,7 +151,7 @@ def fault(code: FaultCode = FaultCode.DIFF_AREA_FULL, **changes: Any) -> dict[st
         "event_id": code.event_id,
         "errno": errno.ENOSPC,
         "message": "the diff area has reached its maximum",
-        "time": 1_795_332_000_000_000_000,
+        "time": "2026-11-22T07:20:00.000000Z",
         "block": 77,
         "offset": 77 * 16384,
         "length": 4096,

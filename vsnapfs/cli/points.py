@@ -57,7 +57,7 @@ def list_points(volume: Path, as_json: bool) -> None:
 
     points: list[dict[str, Any]] = client.call(volume, "rp_list")
     if as_json:
-        print_json(points)
+        print_json([point | {"label": point.get("label") or None} for point in points])
     elif not points:
         note(f"{shown(volume)} has no recovery points.")
     else:

@@ -11,7 +11,6 @@ import os
 import shlex
 from typing import Any
 
-from vsnapfs.cli.output import when
 from vsnapfs.config import shown
 from vsnapfs.errors import FaultCode
 from vsnapfs.units import format_size
@@ -26,12 +25,13 @@ _FREE_HOST = (
 )
 _CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair what it names.",)
 _GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
+_SAVE = ("Save what can be read: vsnapfs recovery-point export {v} POINT FILE",)
 _BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
 _FREE_MEMORY = ("Free some memory, or raise the limit this process runs under.",)
 _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_MISSING: (*_BRING_BACK, *_GIVE_UP),
     FaultCode.IO_FAILURE_DURING_ONLINE: _CHECK_DISK,
-    FaultCode.META_DATA_CORRUPTION: ("See what is damaged: vsnapfs verify {v}", *_GIVE_UP),
+    FaultCode.META_DATA_CORRUPTION: ("See what is damaged: vsnapfs verify {v}", *_SAVE, *_GIVE_UP),
     FaultCode.MEMORY_ALLOCATION_FAILURE: _FREE_MEMORY,
     FaultCode.MAPPED_MEMORY_FAILURE: _FREE_MEMORY,
     FaultCode.COW_READ_FAILURE: _CHECK_DISK,
@@ -50,7 +50,9 @@ _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.IO_FAILURE: _CHECK_DISK,
     FaultCode.DIFF_AREA_REMOVED: (*_BRING_BACK, *_GIVE_UP),
     FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA: (
-        "Stop whoever else writes to {area}, then: vsnapfs verify {v}",
+        "Stop whoever else writes to {area}; unmount, so that it is read anew.",
+        "See what is damaged: vsnapfs verify {v}",
+        *_SAVE,
         *_GIVE_UP,
     ),
 }
@@ -100,9 +102,13 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     listed = [
         ("replica", f"{size(replica.get('size'))}, {shown(replica.get('path', '?'))}"),
         ("diff area", f"{sizes(area)}, {shown(area.get('path', '?'))}"),
-        ("recovery points", str(status.get("recovery_points", "?"))),
+        ("recovery points", _points(status)),
         ("on full", str(status.get("on_full", "?"))),
     ]
+    if status.get("restoring"):
+        listed.append(("restoring", "yes: the replica cannot be opened until it is done"))
+    listed += [("trouble", str(status["trouble"]))] if status.get("trouble") else []
+    listed += [("warning", str(text)) for text in status.get("warnings") or []]
     if status.get("consistent") is not None:
         listed.append(("consistent", "yes" if status["consistent"] else "NO"))
     if status.get("state") == "offline" and not status.get("fault"):
@@ -110,12 +116,19 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     return listed
 
 
+def _points(status: dict[str, Any]) -> str:
+    number = status.get("recovery_points", "?")
+    oldest, latest = status.get("oldest"), status.get("latest")
+    if not number or not oldest or not latest:
+        return str(number)
+    return f"{number}, from {oldest[:19]}Z" + (f" to {latest[:19]}Z" if number != 1 else "")
+
+
 def fault_facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     """What happened, to what, and how to get out of it."""
     fault = status["fault"]
     listed = [("what happened", str(fault.get("message", "?")))]
-    if isinstance(fault.get("time"), int):
-        listed.append(("when", when(fault["time"])))
+    listed.append(("when", str(fault.get("time", "?"))))
     if fault.get("block") is not None:
         block = f"block {fault['block']}"
         if fault.get("offset") is not None and fault.get("length") is not None:
@@ -125,6 +138,8 @@ def fault_facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         listed.append(("error", os.strerror(int(fault["errno"]))))
     if fault.get("maximum") is not None:
         listed.append(("sizes then", sizes(fault)))
+    if status.get("would_fit") is False:
+        listed.append(("now", "the write that tripped the fault would still not fit"))
     listed.append(("way out", "\n".join(way_out(status))))
     return listed
 
@@ -139,7 +154,7 @@ def way_out(status: dict[str, Any]) -> list[str]:
     }
     steps = [line.format(**names) for line in _WAYS_OUT.get(status["fault"].get("code"), ())]
     if status["fault"].get("code") == FaultCode.DIFF_AREA_MISSING:
-        after = "Back at its place, it is found by the next mount; or: vsnapfs online {v}"
+        after = "Then unmount, if mounted, and mount again: the volume comes online by itself."
     else:
         after = "Then: vsnapfs online {v}"
     return [*steps, after.format(**names), "Until then every recovery point stays readable."]
