@@ -39,12 +39,14 @@ TOKEN = f"{os.getpid()}-{time.monotonic_ns()}"
 
 # mkfs, losetup and mount live in sbin, which is not on everybody's PATH. Servers and commands that
 # tests start find the package by PYTHONPATH, since Debian's Python has it not installed. The token
-# is inherited by every process that a test starts, however it detaches itself.
+# is inherited by every process that a test starts, however it detaches itself. PYTHONUNBUFFERED,
+# which containers like to set, would hide what is lost in buffers on an ordinary machine.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 os.environ[TOKEN_NAME] = TOKEN
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 # No deadline: a busy machine is no bug. In CI the same examples every time: a submission is not
 # refused for a bug that was there before. VSNAPFS_EXAMPLES=2000 looks harder.
