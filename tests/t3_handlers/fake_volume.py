@@ -100,15 +100,24 @@ class FakeVolume:
         self.running = trio.Event()
         self.slow: trio.Event | None = None
         self.ended: list[str] = []
+        self.warnings: list[str] = []
+        self._stop = trio.Event()
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
         self.running.set()
-        await trio.sleep_forever()
+        await self._stop.wait()
+        self.ended.append("run")
 
     async def close(self) -> None:
+        if self.closed == 0:
+            await trio.lowlevel.checkpoint()
+            self.ended.append("close")
+            self._stop.set()
+            self.log.close()
         self.closed += 1
-        self.log.close()
+        if "close" in self.fails:
+            raise self.fails["close"]
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         self.callbacks.append(callback)

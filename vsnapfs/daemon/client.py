@@ -175,18 +175,25 @@ def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | N
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(volume.run)
-                result = await operation(volume, params, progress)
-                nursery.cancel_scope.cancel()
+                try:
+                    return await operation(volume, params, progress)
+                finally:
+                    # While `run` still runs: closing finishes what it does, and ends it.
+                    await _close(volume)
+                    nursery.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
-                await volume.close()
-        return result
+            await _close(volume)  # once more does no harm; `run` may not have started
 
     result = run_trio(main)
     if op == "status":
         # This process is not serving anything, and is gone when the answer is read.
         result |= {"pid": None, "mountpoint": None}
     return result
+
+
+async def _close(volume: Volume) -> None:
+    with trio.CancelScope(shield=True):
+        await volume.close()
 
 
 async def _open_here(folder: Path) -> Volume:

@@ -222,26 +222,24 @@ class ControlServer:
     async def _request(self, stream: trio.SocketStream, buffer: bytearray) -> bytes | None:
         """The next line; None when the client has nothing more to say, or says it too slowly."""
         with trio.move_on_after(IDLE_SECONDS):
-            while b"\n" not in buffer:
+            ended = False
+            while b"\n" not in buffer and not ended:
                 if len(buffer) > MAX_REQUEST:
-                    await self._too_long(stream)
-                    return None
-                data = await stream.receive_some(MAX_REQUEST)
-                if not data:
                     break
+                data = await stream.receive_some(MAX_REQUEST)
+                ended = not data
                 buffer += data
+            if ended and not buffer:
+                return None
+            # A last line without its newline counts: `printf … | socat - UNIX:control.sock`.
             line, _, rest = bytes(buffer).partition(b"\n")
             if len(line) > MAX_REQUEST:
-                await self._too_long(stream)
+                error = UsageError(f"a request may be at most {MAX_REQUEST} bytes", code="protocol")
+                await self._send(stream, {"error": error.to_json()})
                 return None
             buffer[:] = rest
-            # A last line without its newline counts: `printf … | socat - UNIX:control.sock`.
-            return line or (None if not rest else b"")
+            return line
         return None
-
-    async def _too_long(self, stream: trio.SocketStream) -> None:
-        error = UsageError(f"a request may be at most {MAX_REQUEST} bytes", code="protocol")
-        await self._send(stream, {"error": error.to_json()})
 
     async def _send(self, stream: trio.SocketStream, message: Mapping[str, Any]) -> None:
         with trio.fail_after(SEND_SECONDS):

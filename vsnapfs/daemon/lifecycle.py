@@ -3,11 +3,12 @@
 Owns the nurseries of the serving process:
 
     outer   signals · control socket (answers until after the volume is closed)
-    inner   the volume's background tasks · the kernel's notices · the FUSE loop
+    inner   the volume's background tasks · the FUSE loop
 
 and what ends the mount. Promises: however it ends (umount by anybody, the `stop` operation, a
 signal, a defect), requests in progress are answered, then the session is closed, operations that
-change something finish, the background tasks end, and `Volume.close` is reached, in this order.
+change something finish, and `Volume.close` is reached, which ends the background tasks; in this
+order.
 
 What ends it:
 
@@ -92,7 +93,12 @@ class Server:
     """One volume, served once. `run` returns after a clean end and raises what ended it else."""
 
     def __init__(
-        self, plan: Plan, *, accept_changed_replica: bool, lang: str, ready: Callable[[], None]
+        self,
+        plan: Plan,
+        *,
+        accept_changed_replica: bool,
+        lang: str,
+        ready: Callable[[list[str]], None],
     ) -> None:
         self._plan = plan
         self._accept = accept_changed_replica
@@ -117,11 +123,20 @@ class Server:
                 self._volume = volume
                 control = ControlServer(self._plan.directory, volume, self._operations())
                 try:
-                    await self._serve(volume, control, outer)
+                    async with trio.open_nursery() as inner:
+                        await inner.start(volume.run)
+                        try:
+                            await self._serve(volume, control, outer)
+                        finally:
+                            with trio.CancelScope(shield=True):
+                                # While the background tasks run: what is under way needs them.
+                                await control.finish_operations()
+                                await self._close(volume, control)
+                        inner.cancel_scope.cancel()
                 finally:
-                    # From here on nothing may keep the volume from being closed.
                     with trio.CancelScope(shield=True):
-                        await self._end(volume, control)
+                        await self._close(volume, control)
+                        await control.deliver()
                 outer.cancel_scope.cancel()
         if self._interrupted:
             raise Interrupted("interrupted before the volume was mounted", code="interrupted")
@@ -129,32 +144,28 @@ class Server:
     # ---- serving -------------------------------------------------------------------------------
 
     async def _serve(self, volume: Volume, control: ControlServer, outer: trio.Nursery) -> None:
+        """From the mount to its end."""
         handlers = VolumeOperations(volume, shared=self._plan.shared, lang=self._lang)
         options = mount_options(self._plan.directory, self._plan.options)
         session = Session(handlers, self._plan.mountpoint, options)
+        control.listen()
         session.mount()
-        self._session = session
         try:
             mount = mounts.top_mount(self._plan.mountpoint)
             self._device = mount.device if mount else ""
-            control.listen()
             await outer.start(control.serve)
-            async with trio.open_nursery() as inner:
-                await inner.start(volume.run)
-                inner.start_soon(session.forget_deleted_points)
-                self._ready()
-                try:
-                    with trio.CancelScope() as self._loop_scope:
-                        await session.run()
-                finally:
-                    self._loop_ended.set()
-                    session.close()
-                await control.finish_operations()
-                inner.cancel_scope.cancel()
+            self._session = session
+            self._ready(list(volume.warnings))
+            with trio.CancelScope() as self._loop_scope:
+                await session.run()
         finally:
+            self._loop_ended.set()
             session.close()
 
-    async def _end(self, volume: Volume, control: ControlServer) -> None:
+    async def _close(self, volume: Volume, control: ControlServer) -> None:
+        """Close the volume, once, whatever has happened."""
+        if self._closed.is_set():
+            return
         control.unlink()  # before the lock is released: the next server makes its own
         try:
             await volume.close()
@@ -163,7 +174,6 @@ class Server:
             raise
         finally:
             self._closed.set()
-            await control.deliver()
 
     # ---- stopping ------------------------------------------------------------------------------
 

@@ -37,26 +37,26 @@ def serve(
     accept_changed_replica: bool = False,
     lang: str = "en",
     ready: Callable[[], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Mount the volume and serve it in this process until it is unmounted or a signal comes.
 
     options: as of -o. lang: language of events.log in the mount ("en", "ja"). ready: called once
-    the mount can be used. Returns after a clean close. VsnapError if it cannot be mounted, or if
-    closing fails. Uses the main thread's signals; one mount a process.
+    the mount can be used; warn, before that, with each thing the administrator should know.
+    Returns after a clean close. VsnapError if it cannot be mounted, or if closing fails. Uses the
+    main thread's signals; one mount a process.
     """
     plan = preflight.check(directory, mountpoint, options)
     process.prepare()
-    server = Server(
-        plan,
-        accept_changed_replica=accept_changed_replica,
-        lang=lang,
-        ready=ready or _nobody_waits,
-    )
+
+    def on_ready(warnings: list[str]) -> None:
+        for warning in warnings:
+            (warn or _logger.warning)(warning)
+        if ready is not None:
+            ready()
+
+    server = Server(plan, accept_changed_replica=accept_changed_replica, lang=lang, ready=on_ready)
     process.run_trio(server.run)
-
-
-def _nobody_waits() -> None:
-    """The default for `ready`."""
 
 
 def spawn(
@@ -66,6 +66,7 @@ def spawn(
     options: Iterable[str] = (),
     accept_changed_replica: bool = False,
     lang: str = "en",
+    warn: Callable[[str], None] | None = None,
 ) -> int:
     """Mount the volume in a new background process; return its pid once the mount can be used.
 
@@ -97,6 +98,8 @@ def spawn(
                 child.wait()
                 raise
         outcome = _parsed(answer)
+        for warning in outcome.get("warnings", ()):
+            (warn or _logger.warning)(warning)
         if outcome.get("ready"):
             # Collected when it ends, for callers that live that long.
             threading.Thread(target=child.wait, daemon=True).start()
@@ -159,6 +162,7 @@ def child_main(arguments: list[str]) -> int:
     settings: dict[str, Any] = json.loads(arguments[1])
     process.log_to_stderr()
     told = False
+    warnings: list[str] = []
 
     def tell(outcome: dict[str, Any]) -> None:
         nonlocal told
@@ -171,7 +175,8 @@ def child_main(arguments: list[str]) -> int:
         serve(
             Path(settings.pop("directory")),
             Path(settings.pop("mountpoint")),
-            ready=lambda: tell({"ready": True}),
+            ready=lambda: tell({"ready": True, "warnings": warnings}),
+            warn=warnings.append,
             **settings,
         )
     except VsnapError as error:

@@ -9,7 +9,8 @@ other handlers put clarity first. Permissions are the kernel's business (default
 
 Cached by the kernel: names under recovery-points and by-time for no time at all, so that a point
 appears and disappears at once; a point's attributes and pages for ever, since a point never
-changes; sizes of the live files not at all.
+changes; sizes of the live files not at all. A handle on a point that is deleted by force fails at
+its next request that reaches us; what the kernel has cached it may still show, and that is right.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import pyfuse3
-import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from vsnapfs.fuse import tree
@@ -72,16 +72,6 @@ class VolumeOperations(pyfuse3.Operations):
         self._next_fh = 1
         # Handles whose length is the volume's, i.e. whose short reads would be a defect.
         self._images: set[int] = set()
-        self._changed = trio.Event()
-        volume.subscribe(self._on_change)
-
-    def _on_change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def points_changed(self) -> None:
-        """Return when points or state have changed after this call began."""
-        await self._changed.wait()
 
     # ---- the two that carry the load -------------------------------------------------------
 

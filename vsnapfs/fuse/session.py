@@ -3,7 +3,12 @@
 Owns the calls of pyfuse3's module functions and their order, which matters: `mount`, then `run`
 until somebody unmounts or `terminate` is called, then `close`, each once. Promises that a failing
 mount is a VsnapError with libfuse's own words in it (libfuse prints them to stderr and returns
-only "failed"), and that the kernel forgets the pages of a deleted point.
+only "failed").
+
+The kernel is never notified of anything (pyfuse3.invalidate_*): such a notice waits, not
+interruptibly, for locks held by requests that this process must answer, so a SIGKILL at that moment
+would leave a mount that only `umount -f` can end. Names that come and go are not cached instead,
+and the pages of a deleted point are never wrong, since its inode number is never used again.
 
 Leaves who may mount what where, and what happens when the mount is busy, to the daemon.
 """
@@ -13,15 +18,13 @@ from __future__ import annotations
 import os
 import string
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyfuse3
-import trio
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.fuse.operations import VolumeOperations
-from vsnapfs.fuse.tree import POINT_BASE, POINTS, point_name
 
 _SUBTYPE = "vsnapfs"
 _HARMLESS = frozenset((string.ascii_letters + string.digits + "/._-+@:=~").encode())
@@ -95,33 +98,6 @@ class Session:
         if self._open:
             self._open = False
             pyfuse3.close(unmount=True)
-
-    async def forget_deleted_points(self) -> None:
-        """Forever: when a point is deleted, let the kernel drop its name and its cached pages.
-
-        Names are never cached for any time, so nothing depends on this for what a lookup finds.
-        It makes handles that were open (deletion by force) fail at their next read instead of
-        living on from the page cache, wakes those who watch the directory, and frees memory.
-
-        In a thread, since the kernel may wait for a request that this process must answer.
-        """
-        known = set(self._operations.tree.points())
-        while True:
-            now = set(self._operations.tree.points())
-            deleted, known = known - now, now
-            if not deleted:  # and nothing can change before the next line waits
-                await self._operations.points_changed()
-            for number in sorted(deleted):
-                await trio.to_thread.run_sync(_forget, number)
-
-
-def _forget(number: int) -> None:
-    inode = POINT_BASE + number
-    # OSError: the kernel knew nothing of it, or the mount has just gone.
-    with suppress(OSError):
-        pyfuse3.invalidate_entry(POINTS, point_name(number), inode)
-    with suppress(OSError):
-        pyfuse3.invalidate_inode(inode)
 
 
 @contextmanager
