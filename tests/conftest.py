@@ -35,7 +35,8 @@ IN_CI = os.environ.get("CI") == "true"
 FUSE_DEVICE = "/dev/fuse"
 TIME_LIMIT = 120.0
 TOKEN_NAME = "VSNAPFS_TEST_RUN"
-TOKEN = f"{os.getpid()}-{time.monotonic_ns()}"
+# A run inside a run (tests/t0_formats/test_house_rules.py) adds to the outer one's token.
+TOKEN = f"{os.environ.get(TOKEN_NAME, '')}{os.getpid()}-{time.monotonic_ns()}/"
 
 # mkfs, losetup and mount live in sbin, which is not on everybody's PATH. Servers and commands that
 # tests start find the package by PYTHONPATH, since Debian's Python has it not installed. The token
@@ -207,7 +208,8 @@ def processes_of_this_run() -> dict[int, str]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # gone at this moment, or somebody else's
-            if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+            environment = Path(entry.path, "environ").read_bytes().split(b"\0")
+            if any(variable.startswith(mark) for variable in environment):
                 command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ")
                 found[int(entry.name)] = command.decode(errors="replace").strip()
     return found

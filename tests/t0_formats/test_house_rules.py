@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,6 @@ def inner(tmp_path: Path) -> Inner:
         environment.pop("VSNAPFS_TEST_COUNTS", None)
         if ci:
             environment["CI"] = "true"
-        # Its own token takes the place of ours in the processes that it starts.
         return subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
@@ -76,6 +76,27 @@ def test_it():
     process = Path("/proc", (tmp_path / "pid").read_text())
     # An init that is slow to reap leaves a zombie, which has no command line any more.
     assert not process.exists() or (process / "cmdline").read_bytes() == b""
+
+
+def test_an_outer_run_finds_what_a_killed_inner_one_left(tmp_path: Path, inner: Inner) -> None:
+    """A run that is killed cannot clean up; its processes still carry the outer run's token."""
+    result = inner(
+        f"""
+import os, pathlib, signal, subprocess
+def test_it():
+    process = subprocess.Popen(["sleep", "1235"], start_new_session=True)
+    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    assert result.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ours = f"VSNAPFS_TEST_RUN={os.environ['VSNAPFS_TEST_RUN']}"
+        assert any(variable.startswith(ours.encode()) for variable in variables)
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.needs_loop
