@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import pytest
 
 import vsnapfs.events.log as log_module
 from vsnapfs.events import Event, EventLog, read_events
-from vsnapfs.events.log import RESERVE
+
+
+MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -52,16 +54,16 @@ def test_a_mebibyte_is_allocated_ahead_of_the_end(path: Path) -> None:
     if log_module._fallocate_keep_size(log._fd, 0, 4096) == errno.EOPNOTSUPP:
         pytest.skip("the file system of the temporary directory cannot allocate ahead")
     assert path.stat().st_size == 0
-    assert allocated(path) >= RESERVE
+    assert allocated(path) >= MIB
     for _ in range(1500):
         log.log("vsnapfs", 1091, text="x" * 1000)
-        assert allocated(path) - path.stat().st_size >= RESERVE
+        assert allocated(path) - path.stat().st_size >= MIB
     assert len(log.events()) == 1500
     path.write_bytes(b"")
     log.log("vsnapfs", 1091)
-    assert allocated(path) - path.stat().st_size >= RESERVE, "emptied by somebody else"
+    assert allocated(path) - path.stat().st_size >= MIB, "emptied by somebody else"
     log.close()
-    assert allocated(path) - path.stat().st_size >= RESERVE, "kept for the next process"
+    assert allocated(path) - path.stat().st_size >= MIB, "kept for the next process"
 
 
 def test_allocation_takes_64_bit_offsets(path: Path) -> None:
@@ -133,33 +135,32 @@ def test_a_full_host_can_still_be_reported(
     unmount; when even the reserve is used up the engine goes on, and nothing is lost.
     """
     with small_file_system(tmp_path) as host:
-        log = EventLog(host / "events.jsonl")
-        log.log("vsnapfs", 1001, count=0)
-        fill_up(host)
-        assert os.statvfs(host).f_bavail == 0
-        with pytest.raises(OSError, match="No space left"):
-            (host / "control").write_bytes(b"x" * 8192)
+        with closing(EventLog(host / "events.jsonl")) as log:
+            log.log("vsnapfs", 1001, count=0)
+            fill_up(host)
+            assert os.statvfs(host).f_bavail == 0
+            with pytest.raises(OSError, match="No space left"):
+                (host / "control").write_bytes(b"x" * 8192)
 
-        for n in range(1, 301):
-            log.log("volsnap", 89, count=n, errno=errno.ENOSPC, text="x" * 2000)
-        assert log.failed is None
-        assert log.unwritten == 0
-        assert caplog.text == ""
+            for n in range(1, 301):
+                log.log("volsnap", 89, count=n, errno=errno.ENOSPC, text="x" * 2000)
+            assert log.failed is None
+            assert log.unwritten == 0
+            assert caplog.text == ""
 
-        for n in range(301, 1001):
-            log.log("volsnap", 89, count=n, text="x" * 2000)
-        assert isinstance(log.failed, OSError)
-        assert log.failed.errno == errno.ENOSPC
-        assert caplog.text.count("cannot write the event log") == 1
-        assert 0 < log.unwritten < 700
-        assert counts(log.events()) == list(range(1001))
-        in_file = counts(read_events(log.path))
-        assert in_file == list(range(1001 - log.unwritten))
+            for n in range(301, 1001):
+                log.log("volsnap", 89, count=n, text="x" * 2000)
+            assert isinstance(log.failed, OSError)
+            assert log.failed.errno == errno.ENOSPC
+            assert caplog.text.count("cannot write the event log") == 1
+            assert 0 < log.unwritten < 700
+            assert counts(log.events()) == list(range(1001))
+            in_file = counts(read_events(log.path))
+            assert in_file == list(range(1001 - log.unwritten))
 
-        (host / "filler").unlink()
-        log.log("vsnapfs", 1091, count=1001)
-        assert log.unwritten == 0
-        log.close()
+            (host / "filler").unlink()
+            log.log("vsnapfs", 1091, count=1001)
+            assert log.unwritten == 0
         subprocess.run(["mount", "-o", "remount,ro", host], check=True, timeout=60)
         assert counts(read_events(host / "events.jsonl")) == list(range(1002))
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,12 @@ def test_a_line_without_end_does_not_fill_the_memory(path: Path) -> None:
         file.write(event.to_line())
         file.seek(200 * 1024 * 1024)
         file.write(b"\n" + event.to_line())
-    assert read_events(path) == [event, event]
+    tracemalloc.start()
+    try:
+        assert read_events(path) == [event, event]
+        assert tracemalloc.get_traced_memory()[1] < 32 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
 
 
 # --- reading while it is written ---------------------------------------------------------------

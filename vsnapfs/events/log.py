@@ -51,7 +51,7 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a daemon changes its directory, and we open it again
         self.failed: OSError | None = None
         self._lock = threading.Lock()
         self._fd = -1

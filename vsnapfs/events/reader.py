@@ -74,7 +74,7 @@ class _Tail:
     """A place in a log file, and the part of a line that stands behind it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._fd = -1
         self._partial = b""
 
