@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from vsnapfs import config, daemon
 from vsnapfs.cli.app import app
+from vsnapfs.daemon import process
 from vsnapfs.errors import FaultCode
 
 MIB = 1 << 20
@@ -101,12 +102,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
             "detach_loop": lambda device: made.done.append(("detach", device)),
             "unmount": lambda mount: made.done.append(("unmount", mount.mountpoint)),
         },
-        "process": {"log_to_stderr": lambda: None},
         "server": {
             "spawn": lambda *a, **k: made.done.append(("spawn", a, k)) or 4711,
             "serve": lambda *a, **k: (made.done.append(("serve", a, k)), k["ready"]()),
         },
     }
+    monkeypatch.setattr(process, "log_to_stderr", lambda: None)
     for name, contents in modules.items():
         module = ModuleType(f"vsnapfs.daemon.{name}")
         vars(module).update(contents)

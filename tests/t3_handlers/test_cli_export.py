@@ -47,9 +47,28 @@ def point(backend: Backend, volume: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("no_direct_io")
+def test_file_systems_without_direct_io(volume: Path, point: Path, out: Path) -> None:
+    """A kernel that refuses O_DIRECT on the mount (before 6.6 on tmpfs) is read the plain way."""
+    ok("rp", "export", volume, "3", out / "copy.img")
+    assert (out / "copy.img").read_bytes() == point.read_bytes()
+
+
 def only(folder: Path, *names: str) -> None:
     """Assert that a directory holds these files and no other, hidden ones included."""
     assert sorted(os.listdir(folder)) == sorted(names)
+
+
+@pytest.fixture
+def no_direct_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def without(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", without)
 
 
 @pytest.fixture
@@ -114,8 +133,8 @@ def test_a_file_that_appears_meanwhile_is_kept(
     copy = out / "copy.img"
     check = exporting._check
 
-    def meanwhile(*args: Any) -> None:
-        check(*args)
+    async def meanwhile(*args: Any) -> None:
+        await check(*args)
         copy.write_text("faster")
 
     monkeypatch.setattr(exporting, "_check", meanwhile)
@@ -199,14 +218,14 @@ def test_a_damaged_point_says_where(
     volume: Path, point: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EIO of the point ends the export with the place, and leaves nothing."""
-    real = os.pread
+    real = os.preadv
 
-    def pread(fd: int, length: int, offset: int) -> bytes:
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
         if offset >= 3 * MIB:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(fd, length, offset)
+        return real(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     result = run("rp", "export", volume, "3", out / "copy.img")
     refused(result, "recovery point 3", f"byte {3 * MIB}", "vsnapfs verify")
     only(out)
@@ -345,7 +364,7 @@ def test_an_export_that_is_ended_leaves_nothing(
 ) -> None:
     """Ctrl-C and SIGTERM in the middle remove the part, on every kind of file system."""
     code = f"""
-import errno, os, sys, time
+import errno, os, sys, trio
 from types import SimpleNamespace
 import vsnapfs.volume
 from vsnapfs.cli import exporting
@@ -363,7 +382,7 @@ class Volume:
     async def close(): pass
 async def read(offset, length):
     if offset == 0: print("running", flush=True)
-    time.sleep(0.01)
+    await trio.sleep(0.01)
     return b"x" * length
 vsnapfs.volume.Volume = Volume
 sys.argv = ["vsnapfs", "rp", "export", {str(tmp_path)!r}, "1", {str(out / "copy.img")!r}]

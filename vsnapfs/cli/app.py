@@ -98,6 +98,7 @@ class Root(Group):
             )
         except OSError as error:
             complain(*_os_words(error))
+            _give_up_on_stdout_if_broken()
         except Exception:  # noqa: BLE001 (the last resort: report the defect)
             _defect()
         return EXIT_FAILED
@@ -129,6 +130,14 @@ def _defect() -> NoReturn:
         "This is a defect of vsnapfs. Please report it with the lines above.",
     )
     raise SystemExit(EXIT_FAILED)
+
+
+def _give_up_on_stdout_if_broken() -> None:
+    """What could not be written has been reported; Python must not report it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
 
 
 def _forget_stdout() -> None:

@@ -17,6 +17,7 @@ in this process. Both are the same loop below.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import stat
@@ -27,12 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vsnapfs.cli.output import ProgressFn
-from vsnapfs.cli.signals import unwinding
+from vsnapfs.cli.signals import TERMINATING
 from vsnapfs.cli.volumes import live_mount, mounted
 from vsnapfs.config import CONFIG_NAME, VolumePaths, shown
 from vsnapfs.errors import UsageError, VsnapError
 
 if TYPE_CHECKING:
+    import trio
+
     from vsnapfs.daemon.mounts import Mount
 
 CHUNK = 1 << 20  # bytes a read; also the largest FUSE request
@@ -70,9 +73,36 @@ def export_point(
     """
     import trio
 
+    from vsnapfs.daemon.process import run_trio
+
     target = check_target(volume, file, force=force)
-    with unwinding():
-        return trio.run(_export, volume, point, target, force, progress)
+
+    async def main() -> Exported:
+        ended: list[int] = []
+        result = None
+        async with trio.open_nursery() as nursery:
+            ended = await nursery.start(_wait_for_signal, nursery.cancel_scope)
+            result = await _export(volume, point, target, force, progress)
+            nursery.cancel_scope.cancel()
+        if result is None:
+            raise SystemExit(128 + ended[0])  # as a shell reports whoever died of a signal
+        return result
+
+    return run_trio(main)
+
+
+async def _wait_for_signal(
+    scope: trio.CancelScope, *, task_status: trio.TaskStatus[list[int]]
+) -> None:
+    """Cancel `scope` on SIGTERM or SIGHUP, so that the part is removed. Hands out which it was."""
+    import trio
+
+    ended: list[int] = []
+    with trio.open_signal_receiver(*TERMINATING) as signals:
+        task_status.started(ended)
+        async for number in signals:
+            ended.append(number)
+            scope.cancel()
 
 
 async def _export(
@@ -83,7 +113,7 @@ async def _export(
     async with opened as source:
         with _new_file(target, force=force) as new:
             data, digest = await _copy(source, new.fd, target, progress)
-            _check(source, new.fd, target, digest, progress)
+            await _check(source, new.fd, target, digest, progress)
             new.publish()
         return Exported(source.number, source.size, data)
 
@@ -93,21 +123,29 @@ async def _export(
 
 @asynccontextmanager
 async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator[_Source]:
-    """The point as a file under the mountpoint, page cache included: a point never changes."""
+    """The point as a file under the mountpoint.
+
+    Past the page cache: that asks the server for 1 MiB at a time instead of 128 KiB, nearly four
+    times as fast, and does not push everything else out of memory.
+    """
     from vsnapfs.daemon import client
 
     number = int(client.call(volume, "rp_resolve", point=point)["number"])
     path = mount.mountpoint / "recovery-points" / f"{number:04d}.img"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open_direct(path)
     except OSError as error:
         raise VsnapError(
             f"recovery point {number} of {shown(volume)} cannot be opened: {error.strerror}",
             errno=error.errno or errno.EIO,
         ) from error
 
-    async def read(offset: int, length: int) -> bytes:
-        return os.pread(fd, length, offset)
+    buffer = mmap.mmap(-1, CHUNK)  # O_DIRECT wants whole pages
+
+    async def read(offset: int, length: int) -> bytes | memoryview:
+        got = min(os.preadv(fd, [buffer], offset), length)
+        view = memoryview(buffer)[:got]
+        return view if got == length else bytes(view)  # a part must outlive the next read
 
     try:
         yield _Source(number, os.fstat(fd).st_size, read)
@@ -115,9 +153,21 @@ async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator
         os.close(fd)
 
 
+def _open_direct(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 @asynccontextmanager
 async def _open_here(volume: Path, point: str) -> AsyncIterator[_Source]:
-    """The point of a volume nobody serves, opened under the same lock as a server would."""
+    """The point of a volume nobody serves, opened under the same lock as a server would.
+
+    `Volume.run` is not started: reading a point needs no growth, and no restore to go on.
+    """
     from vsnapfs.volume import Volume
 
     opened: Any = await Volume.open(volume)
@@ -186,8 +236,11 @@ async def _copy(source: _Source, fd: int, target: Path, progress: ProgressFn) ->
     return written, digest.digest()
 
 
-def _check(source: _Source, fd: int, target: Path, expected: bytes, progress: ProgressFn) -> None:
+async def _check(
+    source: _Source, fd: int, target: Path, expected: bytes, progress: ProgressFn
+) -> None:
     """Read the file back from the disk and compare it with what was read from the point."""
+    import trio
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -200,6 +253,7 @@ def _check(source: _Source, fd: int, target: Path, expected: bytes, progress: Pr
                 if len(data) != length or data != _ZEROS[:length]:
                     _digest(digest, offset, data)
             progress("checking", offset + length, source.size)
+            await trio.lowlevel.checkpoint()
     except OSError as error:
         raise VsnapError(
             f"the copy for {shown(target)} cannot be read back: {error.strerror}",

@@ -7,21 +7,19 @@ questions) to stderr; nothing is coloured or wrapped unless a terminal shows it;
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.units import format_size
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ProgressFn = Callable[[str, int, int], None]
 """(phase, done, total), both in bytes."""
@@ -76,22 +74,23 @@ def when(nanoseconds: int) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def console() -> Console:
-    """Stdout for rich. Without a terminal it is plain and so wide that nothing is ever wrapped."""
-    from rich.console import Console
-
-    wide = None if sys.stdout.isatty() else 10_000
-    return Console(file=sys.stdout, width=wide, highlight=False, markup=False, emoji=False)
-
-
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> None:
     """A table. `right`: the headers of the columns that hold numbers, separated by spaces."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = console()
-    table = Table(box=SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, show_edge=False)
+    terminal = sys.stdout.isatty()
+    # Without a terminal it is plain, and so wide that nothing is ever wrapped.
+    out = Console(
+        file=sys.stdout if terminal else io.StringIO(),
+        width=None if terminal else 10_000,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    table = Table(box=SIMPLE_HEAD if terminal else None, pad_edge=False, show_edge=False)
     numbers = right.split()
     for header in headers:
         table.add_column(
@@ -100,6 +99,9 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     out.print(table)
+    if isinstance(out.file, io.StringIO):
+        for line in out.file.getvalue().splitlines():
+            click.echo(line.rstrip())
 
 
 def print_facts(facts: Iterable[tuple[str, str]], *, indent: int = 2) -> None:

@@ -88,4 +88,4 @@ def online(volume: Path, give_up: bool, yes: bool) -> None:
     warnings = client.call(volume, "online", give_up_recovery_points=give_up)
     for warning in warnings or []:
         warn(warning)
-    note(f"{shown(volume)} is online. Whoever had it open must open or attach it anew.")
+    note(f"{shown(volume)} is online. What was open before it went offline must be opened anew.")

@@ -1,7 +1,9 @@
 """SIGTERM and SIGHUP as exceptions, for commands that have something to clean up.
 
-Promises that inside `unwinding()` a polite request to end runs `finally` blocks (a half-made volume
-or file is removed), and that the exit code is 128 + signal number as for any killed program.
+For synchronous code: inside trio an exception out of nowhere would break the scheduler, so there
+`trio.open_signal_receiver` takes its place. Promises that inside `unwinding()` a polite request to
+end runs `finally` blocks (a half-made volume is removed), and that the exit code is 128 + signal
+number as for any killed program.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TERMINATING = (signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
 def unwinding() -> Iterator[None]:
@@ -21,7 +25,7 @@ def unwinding() -> Iterator[None]:
         return
     old = {
         number: signal.signal(number, _raise)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in TERMINATING
         if signal.getsignal(number) is not signal.SIG_IGN  # nohup stays in force
     }
     try:
