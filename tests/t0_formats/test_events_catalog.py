@@ -159,6 +159,17 @@ def test_sentences_read_well_whatever_is_missing(entry: Entry, lang: str) -> Non
             assert re.search("[ぁ-ん]", text)
 
 
+@languages
+def test_many_points_are_listed_by_runs(lang: str) -> None:
+    """All 512 points of a volume take a few characters, and none is left out."""
+    given_up = event(CATALOG["vsnapfs", 1022], {"points": [1, *range(3, 515), 600, 601]})
+    separator = {"en": ", ", "ja": "、"}[lang]
+    assert separator.join(["1", "3-514", "600-601"]) in render_message(given_up, lang)
+    one = event(CATALOG["volsnap", 35], {"point": 7, "label": "夜間"})
+    words = {"en": "gave up recovery point 7 “夜間”:", "ja": "回復ポイント 7「夜間」を破棄"}
+    assert words[lang] in render_message(one, lang)
+
+
 @entries
 @languages
 def test_none_is_the_same_as_missing(entry: Entry, lang: str) -> None:

@@ -17,7 +17,6 @@ import pytest
 import vsnapfs.events.log as log_module
 from vsnapfs.events import Event, EventLog, read_events
 
-
 MIB = 1024 * 1024
 
 

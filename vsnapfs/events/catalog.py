@@ -6,7 +6,8 @@ Owns the list of events. Ids, levels and sources of volsnap and Ntfs are the rea
 
 The params a sentence knows, each optional:
 
-    volume, diff_area, device, mountpoint   paths; `volume` is the volume's directory
+    volume, diff_area, device, mountpoint   paths; `volume` is the volume's directory, which the
+                                            commands in a sentence are given
     used, allocated, maximum                bytes: the three sizes of the diff area
     size, old, new                          bytes: the replica's size; sizes before and after
     block, needed                           the block; how many blocks were still to be preserved
@@ -15,7 +16,9 @@ The params a sentence knows, each optional:
     fault, fault_name                       VSS_PROTECTION_FAULT
     point, label                            the recovery point meant
     points, dropped                         recovery points, as a count or a list of numbers
-    count, kept                             counts; in 1042 `kept` and `dropped` count blocks
+    count                                   of points; in 64, 66 of blocks to write; in 1042 of
+                                            damaged copies
+    kept                                    in 1042, like `dropped` there: of preserved blocks
     repeats                                 how often it happened again
     what, text                              what was being done or is affected; free words
 """

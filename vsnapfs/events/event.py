@@ -20,7 +20,8 @@ from typing import Any
 
 # Bounds on what one event may hold, so that no label or list eats the space kept for the log.
 _MAX_TEXT = 2048  # characters of one string
-_MAX_ITEMS = 64  # entries of one list or mapping
+_MAX_ITEMS = 1024  # entries of one list or mapping; a volume has up to 512 points
+_MAX_NESTED = 8192  # characters of a list or mapping as JSON
 _MAX_DEPTH = 3  # lists within lists
 
 _END_OF_TIME = 253_402_300_800_000_000_000  # ns; the first instant of the year 10000
@@ -112,8 +113,14 @@ def dump_json(value: Any) -> str:
 
 def plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """`params` as JSON can hold them; None means missing and is left out."""
-    kept = {str(name): _plain(value, 0) for name, value in params.items() if value is not None}
-    return dict(list(kept.items())[:_MAX_ITEMS])
+    kept = {}
+    for name, given in list(params.items())[:_MAX_ITEMS]:
+        value = _plain(given, 0)
+        if isinstance(value, (list, dict)) and len(text := dump_json(value)) > _MAX_NESTED:
+            value = _cut(text)
+        if value is not None:
+            kept[_cut(str(name))] = value
+    return kept
 
 
 def _plain(value: Any, depth: int) -> Any:

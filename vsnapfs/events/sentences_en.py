@@ -18,6 +18,8 @@ COUNTED = {
     "points_phrase": ("1 recovery point", "{n} recovery points"),
     "gone": ("1 recovery point", "{n} recovery points"),
     "blocks_left": ("1 block was still to be preserved", "{n} blocks were still to be preserved"),
+    "blocks": ("1 block", "{n} blocks"),
+    "copies": ("1 copy is damaged", "{n} copies are damaged"),
     "more_times": ("once more", "{n} more times"),
     "more_flushes": ("1 more flush failed", "{n} more flushes failed"),
 }
@@ -35,6 +37,7 @@ PHRASES = {
     "The_area": "[The diff area {diff_area}|The diff area]",
     "the_point": "[recovery point {point}|a recovery point][ “{label}”]",
     "The_point": "[Recovery point {point}|A recovery point][ “{label}”]",
+    "given_up": "[{gone}|[recovery point {point}[ “{label}”]|recovery points]]",
     "range": "[{length} at byte {offset}|[byte {offset}|[{length}]]]",
     "target": "[block {block}[, hit by a write of {range}]|[a write of {range}]]",
     "request": "[{target}[; {blocks_left}]|[{blocks_left}]]",
@@ -51,7 +54,7 @@ _OFFLINE = "{The_volume} went offline to protect its recovery points: "
 _ONLINE = " then run `vsnapfs online {VOLUME}`."
 _GROW = " Give it a larger total with `vsnapfs resize {VOLUME} --diff-area-size TOTAL`"
 _AGAIN = " Find out what is wrong with the disk," + _ONLINE
-_LOST = "{The_volume} gave up [{gone}|recovery points]"
+_LOST = "{The_volume} gave up {given_up}"
 
 GENERIC = "Event {event_id} of source {source}[ on volume {volume}][: {cause}]."
 
@@ -99,14 +102,15 @@ SENTENCES: dict[tuple[str, int], str] = {
         " Run `vsnapfs verify {VOLUME}` to see what else is affected."
     ),
     ("volsnap", 64): (
-        "Restoring {the_point} onto {the_volume} has started; the replica cannot be opened until"
-        " it is done."
+        "Restoring {the_point} onto {the_volume} has started[: {blocks} to write]; the replica"
+        " cannot be opened until it is done."
     ),
     ("volsnap", 65): (
         "Restoring {the_point} onto {the_volume} was interrupted and has been resumed."
     ),
     ("volsnap", 66): (
-        "Restoring {the_point} onto {the_volume} is complete; the replica can be opened again."
+        "Restoring {the_point} onto {the_volume} is complete[, {blocks} written]; the replica"
+        " can be opened again."
     ),
     ("volsnap", 80): (
         "{The_volume} was opened offline: {the_area} is not where it should be." + _SIZES + " The"
@@ -218,10 +222,12 @@ SENTENCES: dict[tuple[str, int], str] = {
         " cannot continue.[ Cause: {cause}.] Mount the file system afresh."
     ),
     ("vsnapfs", 1000): (
-        "{The_volume} was created[; replica {size}][; diff area[ {diff_area}]: {sizes}]."
+        "{The_volume} was created[; replica {size}|[; replica {length}]]"
+        "[; diff area[ {diff_area}]: {sizes}]."
     ),
     ("vsnapfs", 1001): (
-        "{The_volume} was opened[ and mounted at {mountpoint}][, with {points_phrase}]."
+        "{The_volume} was opened[ and mounted at {mountpoint}|[ and mounted at {what}]]"
+        "[, with {points_phrase}]."
     ),
     ("vsnapfs", 1002): "{The_volume} was closed cleanly.",
     ("vsnapfs", 1010): "{The_point} of {the_volume} was created.",
@@ -237,7 +243,7 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1022): (
         "At an administrator's request, {the_volume} gave up [{gone}|its recovery points] and"
-        " started with an empty diff area[, {diff_area}].[ Cause: {cause}.]"
+        " started with an empty diff area[, {diff_area}].[ Sizes: {sizes}.][ Cause: {cause}.]"
     ),
     ("vsnapfs", 1023): (
         "While {the_volume} was offline, [{more_flushes}|more flushes failed] after the one"
@@ -248,10 +254,10 @@ SENTENCES: dict[tuple[str, int], str] = {
         "[ Sizes now: {sizes}.]"
     ),
     ("vsnapfs", 1040): (
-        "A preserved block in {the_area} of {the_volume} fails its checksum"
-        "[: {place}].[ Affected: {points_phrase}."
-        "|[ Affected: recovery point {point}.]] Reading this range of a recovery point gives an"
-        " error, never wrong data. `vsnapfs verify {VOLUME}` lists everything affected."
+        "A preserved block in {the_area} of {the_volume} fails its checksum[: {place}]."
+        "[ Affected: {points_phrase}.|[ Affected: recovery point {point}.]][ Cause: {cause}.]"
+        " Reading this range of a recovery point gives an error, never wrong data."
+        " `vsnapfs verify {VOLUME}` lists everything affected."
     ),
     ("vsnapfs", 1041): (
         "A damaged structure[ ({what})] of {the_area} of {the_volume} was rewritten from its"
@@ -260,25 +266,27 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1042): (
         "{The_volume} was not closed cleanly and has been recovered.[ Blocks preserved by the last"
-        " barrier: {kept} kept, {dropped} dropped because they were not complete.|[ {dropped}"
-        " incomplete copies were dropped.]][ Found: {points_phrase}.] Every acknowledged recovery"
-        " point is intact."
+        " barrier: {kept} kept, {dropped} dropped that were not complete and whose originals were"
+        " not overwritten yet.|[ Incomplete copies dropped: {dropped}.]][ Of the others {copies};"
+        " `vsnapfs verify {VOLUME}` lists what that affects.]"
     ),
     ("vsnapfs", 1050): (
         "The replica of {the_volume} failed[ to carry out {what}][ at {range}].[ Cause: {cause}.]"
         " The request was refused; the volume stays online."
     ),
     ("vsnapfs", 1051): (
-        "The replica of {the_volume} was changed while vsnapfs did not serve it[: {cause}]. Its"
+        "The replica of {the_volume}[, {device},] was changed while vsnapfs did not serve it"
+        "[: {cause}]. Its"
         " recovery points may show the changed bytes."
     ),
     ("vsnapfs", 1060): (
-        "The replica of {the_volume} could not be synced.[ Cause: {cause}.] What was written since"
-        " the last good sync may be lost, and every flush fails until the volume is opened anew."
+        "The replica of {the_volume}[, {device},] could not be synced.[ Cause: {cause}.] What was"
+        " written since the last good sync may be lost, and every flush fails until the"
+        " volume is opened anew."
     ),
     ("vsnapfs", 1090): (
         "An unexpected error in vsnapfs[ on {volume}][ during {what}][: {cause}]. The request was"
-        " refused. Please report this."
+        " refused.[ It happened {more_times} since the last report.] Please report this."
     ),
     ("vsnapfs", 1091): "[{The_volume}: {remark}|{The_volume} needs attention].",
 }

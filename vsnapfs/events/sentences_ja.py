@@ -20,6 +20,8 @@ COUNTED = {
         "退避が必要なブロックはあと {n} 個ありました",
         "退避が必要なブロックはあと {n} 個ありました",
     ),
+    "blocks": ("{n} ブロック", "{n} ブロック"),
+    "copies": ("{n} 個の写しが破損", "{n} 個の写しが破損"),
     "more_times": ("さらに {n} 回", "さらに {n} 回"),
     "more_flushes": (
         "フラッシュがさらに {n} 回失敗しました",
@@ -35,6 +37,7 @@ PHRASES = {
     "the_volume": "[ボリューム {volume} |ボリューム]",
     "the_area": "[差分領域 {diff_area} |差分領域]",
     "the_point": "[回復ポイント {point}[「{label}」| ]|回復ポイント[「{label}」]]",
+    "given_up": "[{gone}|[回復ポイント {point}[「{label}」| ]|回復ポイント]]",
     "range": "[バイト位置 {offset} から {length}|[バイト位置 {offset}|[{length}]]]",
     "target": "[ブロック {block}[ (書き込み: {range})]|[書き込み: {range}]]",
     "request": "[{target}[。{blocks_left}]|[{blocks_left}]]",
@@ -73,7 +76,7 @@ _ONLINE = "`vsnapfs online {VOLUME}` を実行してください。"
 _RESIZE = "`vsnapfs resize {VOLUME} --diff-area-size 合計サイズ`"
 _GROW = _RESIZE + " で差分領域を拡張してください。"
 _AGAIN = "ディスクの状態を確認してから、" + _ONLINE
-_LOST = "{the_volume}は[{gone}|回復ポイント]を破棄しました"
+_LOST = "{the_volume}は{given_up}を破棄しました"
 
 GENERIC = "ソース {source} のイベント {event_id} です[ (ボリューム {volume})][。{cause}]。"
 
@@ -121,11 +124,13 @@ SENTENCES: dict[tuple[str, int], str] = {
         "[原因: {cause}。]ほかに影響がないか `vsnapfs verify {VOLUME}` で確認してください。"
     ),
     ("volsnap", 64): (
-        "{the_volume}への{the_point}の復元を開始しました。完了するまでレプリカは開けません。"
+        "{the_volume}への{the_point}の復元を開始しました[ (書き戻す量: {blocks})]。完了する"
+        "までレプリカは開けません。"
     ),
     ("volsnap", 65): "中断された{the_volume}への{the_point}の復元を再開しました。",
     ("volsnap", 66): (
-        "{the_volume}への{the_point}の復元が完了しました。レプリカを再び開くことができます。"
+        "{the_volume}への{the_point}の復元が完了しました[ (書き戻した量: {blocks})]。"
+        "レプリカを再び開くことができます。"
     ),
     ("volsnap", 80): (
         "{the_area}が所定の場所にないため、{the_volume}はオフラインの状態で開かれました。"
@@ -243,10 +248,12 @@ SENTENCES: dict[tuple[str, int], str] = {
         "ください。"
     ),
     ("vsnapfs", 1000): (
-        "{the_volume}を作成しました。[レプリカ: {size}。][差分領域[ {diff_area}]: {sizes}。]"
+        "{the_volume}を作成しました。[レプリカ: {size}。|[レプリカ: {length}。]]"
+        "[差分領域[ {diff_area}]: {sizes}。]"
     ),
     ("vsnapfs", 1001): (
-        "{the_volume}を開きました。[マウント先: {mountpoint}。][保持: {points_phrase}。]"
+        "{the_volume}を開きました。[マウント先: {mountpoint}。|[マウント先: {what}。]]"
+        "[保持: {points_phrase}。]"
     ),
     ("vsnapfs", 1002): "{the_volume}を正常に閉じました。",
     ("vsnapfs", 1010): "{the_volume}の{the_point}を作成しました。",
@@ -262,7 +269,7 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1022): (
         "管理者の指示により、{the_volume}は[{gone}|回復ポイント]を破棄し、空の差分領域"
-        "[ ({diff_area}) ]から始めました。[原因: {cause}。]"
+        "[ ({diff_area}) ]から始めました。[容量: {sizes}。][原因: {cause}。]"
     ),
     ("vsnapfs", 1023): (
         "{the_volume}がオフラインの間に、Ntfs 140 として報告した 1 回のあと、"
@@ -274,8 +281,8 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1040): (
         "{the_volume}の{the_area}に退避されたブロックのチェックサムが一致しません[ ({place})]。"
-        "[影響: {points_phrase}。|[影響: 回復ポイント {point}。]]この範囲を回復ポイントから読むと"
-        "エラーになり、誤ったデータが返ることはありません。影響の全体は"
+        "[影響: {points_phrase}。|[影響: 回復ポイント {point}。]][原因: {cause}。]"
+        "この範囲を回復ポイントから読むとエラーになり、誤ったデータが返ることはありません。影響の全体は"
         " `vsnapfs verify {VOLUME}` で確認できます。"
     ),
     ("vsnapfs", 1041): (
@@ -285,26 +292,28 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1042): (
         "{the_volume}は正常に閉じられていなかったため、回復処理を行いました。[最後のバリアで退避"
-        "されたブロック: {kept} 個を保持、完全でない {dropped} 個を破棄。|[完全でない写し"
-        " {dropped} 個を破棄しました。]][確認: {points_phrase}。]作成の完了した回復ポイントは"
-        "すべて無事です。"
+        "されたブロックのうち {kept} 個を保持し、完全でない {dropped} 個を破棄しました (元の内容は"
+        "まだ上書きされていません)。|[完全でない写し {dropped} 個を破棄しました。]][残りのうち"
+        " {copies}しており、影響は `vsnapfs verify {VOLUME}` で確認できます。]"
     ),
     ("vsnapfs", 1050): (
         "{the_volume}のレプリカで[ {what} の]処理に失敗しました[ ({range})]。[原因: {cause}。]"
         "この要求は拒否されましたが、ボリュームはオンラインのままです。"
     ),
     ("vsnapfs", 1051): (
-        "vsnapfs が扱っていない間に、{the_volume}のレプリカが変更されました。[詳細: {cause}。]"
+        "vsnapfs が扱っていない間に、{the_volume}のレプリカ[ ({device}) ]が変更されました。"
+        "[詳細: {cause}。]"
         "回復ポイントに変更後の内容が現れるおそれがあります。"
     ),
     ("vsnapfs", 1060): (
-        "{the_volume}のレプリカの同期に失敗しました。[原因: {cause}。]最後に成功した同期よりあと"
-        "に書き込まれた内容は失われたおそれがあります。ボリュームを開き直すまで、フラッシュは"
+        "{the_volume}のレプリカ[ ({device}) ]の同期に失敗しました。[原因: {cause}。]最後に"
+        "成功した同期よりあとに書き込まれた内容は失われたおそれがあります。ボリュームを開き直すまで、フラッシュは"
         "すべて失敗します。"
     ),
     ("vsnapfs", 1090): (
         "vsnapfs で予期しないエラーが発生しました[ (ボリューム {volume})]。[処理: {what}。]"
-        "[詳細: {cause}。]要求は拒否されました。このエラーを報告してください。"
+        "[詳細: {cause}。]要求は拒否されました。[前回の報告以降、{more_times}発生して"
+        "います。]このエラーを報告してください。"
     ),
     ("vsnapfs", 1091): "[{volume}: {remark}。|[{remark}。|{the_volume}を確認してください。]]",
 }

@@ -42,8 +42,14 @@ LANGUAGES = tuple(_LANGUAGES)
 """The languages there are sentences in, by ISO 639 code."""
 
 _BYTE_PARAMS = ("used", "allocated", "maximum", "size", "old", "new", "length")
-_POINTS_FROM = {"points_phrase": ("points", "count"), "gone": ("dropped", "points", "count")}
-_COUNTS_FROM = {"blocks_left": "needed", "more_times": "repeats", "more_flushes": "repeats"}
+_POINTS_FROM = {"points_phrase": ("points",), "gone": ("dropped", "points", "count")}
+_COUNTS_FROM = {
+    "blocks_left": "needed",
+    "blocks": "count",
+    "copies": "count",
+    "more_times": "repeats",
+    "more_flushes": "repeats",
+}
 
 _UNSAFE = re.compile(f"[\x00-\x1f{UNSAFE}]")
 
@@ -129,9 +135,24 @@ def _points(
             return _counted(words.COUNTED[phrase], value)
         if isinstance(value, list) and value:
             one, many = words.LISTED[phrase]
-            listed = words.SEPARATOR.join(clean(item) for item in value)
+            listed = words.SEPARATOR.join(_runs(value))
             return (one if len(value) == 1 else many).replace("{n}", listed)
     return ""
+
+
+def _runs(numbers: list[Any]) -> list[str]:
+    """A list with its runs of neighbours drawn together, for a volume has up to 512 points."""
+    runs: list[tuple[Any, Any]] = []
+    for item in numbers:
+        if runs and _is_int(item) and _is_int(runs[-1][1]) and item == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], item
+        else:
+            runs.append((item, item))
+    return [
+        clean(text)
+        for first, last in runs
+        for text in ([first] if first == last else [f"{first}-{last}"])
+    ]
 
 
 def _counted(forms: tuple[str, str], value: Any) -> str:
