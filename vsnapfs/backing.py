@@ -164,6 +164,41 @@ def set_nocow(fd: int) -> bool:
     return True
 
 
+def _open_locked(path: Path, *, follow: bool) -> tuple[int, bool]:
+    """(descriptor, is it a block device), opened read-write and locked."""
+    is_device = stat.S_ISBLK(os.stat(path, follow_symlinks=follow).st_mode)
+    # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
+    # O_NONBLOCK: a pipe in a file's place must not hang us; files and devices ignore it.
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+    flags |= (0 if follow else os.O_NOFOLLOW) | (os.O_EXCL if is_device else 0)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(f"{path} is in use (mounted, or held by another process)") from None
+        raise
+    _lock(path, fd)
+    return fd, is_device
+
+
+def _lock(path: Path, fd: int) -> None:
+    """Lock an open file or device for this process; closes `fd` when that fails."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise VsnapError(f"{path} is neither a file nor a block device")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"{path} is in use by another process",
+                hint="A volume has one server: look for it with 'vsnapfs status'.",
+            ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 class FileBacking:
     """A real file or block device, locked for this process from open to close."""
 
@@ -185,40 +220,16 @@ class FileBacking:
         Raises FileNotFoundError and other OSErrors as they are, BusyError if another process
         (or another volume in this one) holds it.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-        is_device = stat.S_ISBLK(os.stat(path, follow_symlinks=follow).st_mode)
-        try:
-            # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
-            fd = os.open(path, flags | (os.O_EXCL if is_device else 0))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise BusyError(f"{path} is in use (mounted, or held by another process)") from None
-            raise
-        return cls._locked(path, fd, follow)
+        fd, is_device = _open_locked(path, follow=follow)
+        return cls(path, fd, is_device=is_device, follow=follow)
 
     @classmethod
     def create(cls, path: Path) -> FileBacking:
         """Make a new, empty file (0600) and lock it. FileExistsError if there is one."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        return cls._locked(path, os.open(path, flags, 0o600), follow=False)
-
-    @classmethod
-    def _locked(cls, path: Path, fd: int, follow: bool) -> FileBacking:
-        try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise VsnapError(f"{path} is neither a file nor a block device")
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(
-                    f"{path} is in use by another process",
-                    hint="A volume has one server: look for it with 'vsnapfs status'.",
-                ) from None
-            return cls(path, fd, is_device=stat.S_ISBLK(mode), follow=follow)
-        except BaseException:
-            os.close(fd)
-            raise
+        fd = os.open(path, flags, 0o600)
+        _lock(path, fd)
+        return cls(path, fd, is_device=False, follow=False)
 
     # -- reading and writing --------------------------------------------------------------------
 
@@ -347,10 +358,10 @@ class FileBacking:
             # O_EXCL holders exclude each other, ourselves included: drop the claim first.
             os.close(self._fd)
             self._fd = -1
-        fresh = FileBacking.open(self.path, follow=self._follow)
+        fd, _ = _open_locked(self.path, follow=self._follow)
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd = fresh._fd
+        self._fd = fd
 
     def close(self) -> None:
         """See `Backing.close`. May be called twice."""

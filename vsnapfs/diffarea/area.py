@@ -64,6 +64,8 @@ class DiffArea:
         #: Sectors of which both copies are bad. While there are any, a read that could depend
         #: on them is EIO (`may_trust`), and the volume is offline by fault 3.
         self.damaged_sectors: tuple[int, ...] = ()
+        #: Slots described by damaged sectors: perhaps in use, never to be given out.
+        self.unknown_slots: tuple[int, ...] = ()
         self.barrier_number = superblock.barrier
         self._generations = {superblock.generation}
         self._sectors: dict[int, SectorImage] = {}
@@ -156,16 +158,23 @@ class DiffArea:
         needed = self.layout.valid_slots(len(self.slots) + at_least)
         return min(max(target, needed), self.layout.slots_in(self.maximum))
 
+    @property
+    def needs_rollback(self) -> bool:
+        """True after a failed barrier or sync: nothing can be made durable before `rollback`."""
+        return bool(self._suspects) or self._sync_failed
+
     # -- the superblock -------------------------------------------------------------------------
 
     def commit(self, **changes: Any) -> None:
         """Write the superblock with `changes`: both copies, one after the other, each synced.
 
+        Unless `clean` is among the changes, it then says that the area is in use.
         FaultError 13 (I/O), 14 (gone), 15 (somebody else wrote to it). On an error `superblock`
         stays as it was, though the disk may already hold the new state in one copy.
         """
         self.check_present()
         self._check_not_overtaken()
+        changes.setdefault("clean", False)
         wanted = replace(
             self.superblock,
             **changes,

@@ -78,6 +78,10 @@ class Layout:
         """How many groups (the last perhaps short) hold `slots` slots."""
         return -(-slots // SLOTS_PER_GROUP)
 
+    def group_end(self, slots: int) -> int:
+        """The end of the group that a cut after `slots` slots leaves incomplete (or `slots`)."""
+        return self.groups_of(slots) * SLOTS_PER_GROUP
+
     def metadata_size(self, slots: int) -> int:
         """Bytes of an area with `slots` slots that are not slots."""
         return HEADER_SIZE + self.groups_of(slots) * 2 * TABLE_SIZE

@@ -308,4 +308,5 @@ class _Scan:
             for slot in range(sector * SLOTS_PER_SECTOR, (sector + 1) * SLOTS_PER_SECTOR)
             if slot < len(self.area.slots)
         ]
+        self.area.unknown_slots = tuple(lost)
         self.area.slots.take(np.array(lost, dtype=np.uint32))

@@ -20,6 +20,8 @@ class SlotMap:
         self._taken = bytearray(count)
         self._cursor = 0
         self.in_use = 0
+        #: While shrinking: only slots below it are given out.
+        self.limit: int | None = None
 
     def __len__(self) -> int:
         """How many slots there are."""
@@ -27,19 +29,18 @@ class SlotMap:
 
     @property
     def free(self) -> int:
-        """How many of them are free."""
+        """How many of them can be reserved."""
+        if self.limit is not None:
+            return self._taken.count(0, 0, self.limit)
         return len(self._taken) - self.in_use
 
     def is_taken(self, slot: int) -> bool:
         """Whether `slot` is reserved or holds a copy."""
         return bool(self._taken[slot])
 
-    def reserve(self, count: int, limit: int | None = None) -> list[int] | None:
-        """Take `count` slots, all or none (None). Mostly ascending: copies go out in long writes.
-
-        limit: only slots below it (shrinking).
-        """
-        end = len(self._taken) if limit is None else limit
+    def reserve(self, count: int) -> list[int] | None:
+        """Take `count` slots, all or none (None). Mostly ascending, so that writes are long."""
+        end = len(self._taken) if self.limit is None else self.limit
         if count > self.free:
             return None
         cursor, taken = min(self._cursor, end), self._taken

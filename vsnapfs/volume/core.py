@@ -1,0 +1,178 @@
+"""What the parts of an open volume share: its files, its locks, its memory of what is preserved.
+
+Owns no behaviour of its own beyond the locks. The order in which they are taken, always outermost
+first, is: `admin_lock`, `grow_lock`, the write gate, `area_lock`.
+
+* `admin_lock`: one administrative operation at a time (create, delete, restore, resize, …).
+* `grow_lock`: growing and shrinking exclude each other.
+* `gate`: writes pass it; creating a point and restoring hold it and wait for those in flight.
+* `area_lock`: one caller at a time changes the diff area, its index or its slot map.
+
+Everything here is touched by the trio thread only, except where a function runs in a worker
+thread under one of these locks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import trio
+
+from ..backing import Backing
+from ..config import VolumeConfig
+from ..diffarea.area import DiffArea
+from ..diffarea.bitmap import BlockSet
+from ..diffarea.superblock import RecoveryPoint
+from ..errors import VsnapError
+from .statefile import StateFile
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]
+
+
+class Log(Protocol):
+    """The part of `events.EventLog` that the engine uses."""
+
+    def log(self, source: str, event_id: int, /, **params: Any) -> Any:
+        """Record an event."""
+        ...
+
+    def log_flush_failure(self, **params: Any) -> Any:
+        """Record a failed flush of the file system above, once a fault."""
+        ...
+
+    def reset_flush_failures(self) -> Any:
+        """The volume is online again: the next failed flush is a new story."""
+        ...
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run blocking I/O in a worker thread, to its end: a cancellation waits until it is done."""
+    result: T
+    with trio.CancelScope(shield=True):
+        result = await trio.to_thread.run_sync(function, *args)
+    return result
+
+
+class WriteGate:
+    """Writes count themselves in and out; a holder closes the gate and waits until none is in."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.inside = 0
+        self._open = trio.Event()
+        self._open.set()
+        self._empty = trio.Event()
+
+    async def wait_open(self) -> None:
+        """Return when the gate is open. The caller must look again: it may close at once."""
+        await self._open.wait()
+
+    def leave(self) -> None:
+        """A write that had counted itself in is over."""
+        self.inside -= 1
+        if self.closed and self.inside == 0:
+            self._empty.set()
+
+    @asynccontextmanager
+    async def held(self, seconds: float) -> AsyncIterator[None]:
+        """Hold all writes. trio.TooSlowError if those in flight are not done in time."""
+        while self.closed:
+            await self._open.wait()
+        self.closed = True
+        self._open = trio.Event()
+        self._empty = trio.Event()
+        try:
+            if self.inside:
+                with trio.fail_after(seconds):
+                    await self._empty.wait()
+            yield
+        finally:
+            self.closed = False
+            self._open.set()
+
+
+@dataclass(eq=False)
+class Core:
+    """See the module's note. Sizes in bytes; `size` is the replica's."""
+
+    name: str
+    config: VolumeConfig
+    replica: Backing
+    area: DiffArea | None
+    state_file: StateFile
+    log: Log
+    size: int
+    block_size: int
+    volume_id: bytes
+    gate: WriteGate = field(default_factory=WriteGate)
+    admin_lock: trio.Lock = field(default_factory=trio.Lock)
+    grow_lock: trio.Lock = field(default_factory=trio.Lock)
+    area_lock: trio.Lock = field(default_factory=trio.Lock)
+    #: Blocks that need no copy now: they have one in the newest live point's epoch or later.
+    preserved: BlockSet = field(default_factory=BlockSet)
+    #: Blocks of the replica that are known to be no holes.
+    no_holes: BlockSet = field(default_factory=BlockSet)
+    #: Open replica handles, and open handles by recovery point.
+    open_replicas: int = 0
+    open_points: dict[int, int] = field(default_factory=dict)
+    #: The diff area on disk has moved on without us (fault 15): what we know of it is stale.
+    area_is_stale: bool = False
+    #: A sync of the replica failed: it must be opened anew before it can be trusted.
+    replica_failed: bool = False
+    nursery: trio.Nursery | None = None
+    listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def points(self) -> tuple[RecoveryPoint, ...]:
+        """The live recovery points, oldest first."""
+        return self.area.superblock.points if self.area else ()
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks the replica has, a short last one included."""
+        return -(-self.size // self.block_size)
+
+    def need_area(self) -> DiffArea:
+        """The diff area, or VsnapError if it could not be opened."""
+        if self.area is None:
+            raise VsnapError(
+                f"volume {self.name}: the diff area is not open",
+                hint="'vsnapfs status' says why.",
+                code="no-diff-area",
+            )
+        return self.area
+
+    async def commit(self, **changes: Any) -> None:
+        """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""
+        area = self.need_area()
+
+        def work() -> None:
+            if area.needs_rollback:
+                area.rollback()
+            area.commit(**changes)
+
+        await in_thread(work)
+
+    async def mark_in_use(self) -> None:
+        """Before the first change after a clean opening: a crash from here on is an unclean stop.
+
+        FaultError 13, 14, 15.
+        """
+        async with self.area_lock:
+            if self.area is not None and self.area.superblock.clean:
+                await self.commit()
+
+    def changed(self) -> None:
+        """Tell the listeners that points or state are not what they were."""
+        for listener in list(self.listeners):
+            listener()
+
+
+def now_ns() -> int:
+    """The time, in nanoseconds since the epoch, UTC."""
+    return time.time_ns()

@@ -1,0 +1,121 @@
+"""The last way out: start an empty diff area when the old one is truly lost.
+
+Owns `online --give-up-recovery-points`. Never implicit. The loss is recorded in the state file
+before the new area is made, so that the old one, should it turn up again, cannot bring back
+points whose blocks have been overwritten. Numbers of points are not used again.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from ..backing import Backing, FileBacking, Removed
+from ..config import VolumePaths
+from ..diffarea.area import DiffArea
+from ..diffarea.bitmap import BlockSet
+from ..diffarea.recovery import read_superblock
+from ..errors import FaultError, FormatError, VsnapError
+from .core import in_thread
+
+if TYPE_CHECKING:
+    from .volume import Volume
+
+
+async def give_up_recovery_points(volume: Volume) -> list[str]:
+    """Replace the diff area by an empty one of the same maximum and come online.
+
+    The caller holds `admin_lock`. VsnapError when the volume is online (nothing to give up), the
+    old size is not known, or something that is not this volume's diff area is in the way.
+    """
+    core, protection = volume.core, volume.protection
+    if protection.is_online:
+        raise VsnapError(
+            f"volume {core.name} is online: there is nothing to give up",
+            hint="Single points go with 'vsnapfs recovery-point delete'.",
+        )
+    old = core.area
+    maximum = old.maximum if old else protection.saved.maximum
+    if not maximum:
+        raise VsnapError(
+            f"volume {core.name}: the size of its lost diff area is not known",
+            hint="Create a new volume around the replica: 'vsnapfs create --replica'.",
+        )
+    points = [point.number for point in core.points]
+    restoring = old.superblock.restoring if old else 0
+    epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
+    try:
+        backing = await in_thread(_find_place, volume, old)
+        async with core.area_lock:
+            await protection.record_given_up(epoch)
+            area = await in_thread(_format, volume, backing, maximum, epoch)
+            volume.points_service.gone.update(points)
+            core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
+        await protection.come_online()
+    except (FaultError, OSError) as error:
+        raise VsnapError(
+            f"volume {core.name} stays offline, no new diff area could be made: {error}",
+            errno=error.errno or errno.EIO,
+            exit_code=3,
+            code="still-faulted",
+        ) from error
+    volume.room.reset()
+    core.log.log(
+        "vsnapfs",
+        1022,
+        volume=core.name,
+        points=points,
+        count=len(points),
+        diff_area=str(backing.path),
+        maximum=maximum,
+    )
+    warnings = [f"all recovery points up to number {epoch} are given up"] if epoch else []
+    if restoring:
+        warnings.append(
+            f"a restore of recovery point {restoring} had not finished: "
+            "the replica is a mixture of two states"
+        )
+    return warnings
+
+
+def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
+    """In a worker thread: where the new area goes. VsnapError, OSError."""
+    if old is not None:
+        try:
+            old.backing.check_present()
+            return old.backing
+        except Removed:
+            old.backing.close()
+    configured = volume.config.diff_area
+    path = VolumePaths(volume.directory, volume.config).diff_area
+    try:
+        backing = FileBacking.open(path, follow="/" in configured)
+    except FileNotFoundError:
+        return FileBacking.create(path)
+    try:
+        superblock, _ = read_superblock(backing)
+        ours = superblock.volume_id == volume.core.volume_id
+    except FormatError as error:
+        # A rotted superblock of ours is what this command is for; anything else is not ours.
+        ours = error.code in ("checksum", "inconsistent")
+    if not ours:
+        backing.close()
+        raise VsnapError(
+            f"{path} is not the diff area of volume {volume.core.name}; it is not overwritten",
+            hint="Move it away first.",
+        )
+    return backing
+
+
+def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffArea:
+    core = volume.core
+    return DiffArea.format(
+        backing,
+        volume_id=core.volume_id,
+        block_size=core.area.layout.block_size
+        if core.area
+        else volume.protection.saved.block_size or core.block_size,
+        replica_size=core.size,
+        maximum=maximum,
+        epoch=epoch,
+    )

@@ -1,0 +1,118 @@
+"""Handles: what an open file of the mounted tree is to the engine.
+
+Owns who may still use what: a replica handle dies with the session it was opened in (promise P3),
+a point handle with its point. Leaves the work to reader and writer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from ..backing import Bytes
+from .core import in_thread
+
+if TYPE_CHECKING:
+    from .volume import Volume
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class ReplicaHandle:
+    """An open replica. Every method raises OSError ENODEV once the volume has been offline."""
+
+    __slots__ = ("_closed", "_session", "_volume", "size")
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._session = volume.protection.session
+        self._closed = False
+        self.size = volume.size
+        volume.core.open_replicas += 1
+
+    async def read(self, offset: int, length: int) -> Bytes:
+        """Up to `length` bytes: all of them below the end of the replica, none after it."""
+        volume = self._volume
+        if self._session != volume.protection.session or not volume.protection.is_online:
+            raise await volume.protection.refuse()
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        data = await volume.reader.read_replica(offset, length)
+        # A read that ran into a fault is refused like one that came after it.
+        if self._session != volume.protection.session or not volume.protection.is_online:
+            raise await volume.protection.refuse()
+        return data
+
+    async def write(self, offset: int, data: Bytes) -> None:
+        """All of `data`, or nothing. EFBIG beyond the end of the replica."""
+        if offset + len(data) > self.size:
+            raise _error(errno.EFBIG)
+        await self._volume.writer.write(self._session, offset, data)
+
+    async def flush(self) -> None:
+        """Return when everything acknowledged before survives power loss (W4)."""
+        volume = self._volume
+        protection = volume.protection
+        if self._session != protection.session or not protection.is_online:
+            refusal = await protection.refuse()
+            volume.log_flush_failure(refusal)
+            raise refusal
+        try:
+            await in_thread(volume.core.replica.sync)
+        except OSError as error:
+            await protection.replica_sync_failed(error)
+            volume.log_flush_failure(error)
+            raise
+        if self._session != protection.session or not protection.is_online:
+            refusal = await protection.refuse()
+            volume.log_flush_failure(refusal)
+            raise refusal
+
+    def close(self) -> None:
+        """May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._volume.core.open_replicas -= 1
+
+
+class PointHandle:
+    """An open recovery point. ESTALE once it has been deleted."""
+
+    __slots__ = ("_closed", "_volume", "number", "size")
+
+    def __init__(self, volume: Volume, number: int) -> None:
+        self._volume = volume
+        self._closed = False
+        self.number = number
+        self.size = volume.size
+        counts = volume.core.open_points
+        counts[number] = counts.get(number, 0) + 1
+
+    async def read(self, offset: int, length: int) -> Bytes:
+        """Up to `length` bytes: all of them below the end, none after it. EIO, ESTALE."""
+        volume = self._volume
+        length = min(length, self.size - offset)
+        if self.number in volume.points_service.gone:
+            raise _error(errno.ESTALE)
+        if length <= 0:
+            return b""
+        try:
+            return await volume.reader.read_point(self.number, offset, length)
+        finally:
+            # Deleted while we read: its slots may hold something else by now.
+            if self.number in volume.points_service.gone:
+                raise _error(errno.ESTALE)
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        counts = self._volume.core.open_points
+        counts[self.number] -= 1
+        if not counts[self.number]:
+            del counts[self.number]

@@ -1,0 +1,248 @@
+"""Opening a volume: its files, their locks, and what is wrong before anything is served.
+
+Owns the faults that are found at open: 1 (the diff area is missing), 2 (I/O error), 3 (damage),
+12 (it cannot be opened or locked), 15 (an old generation has been put in its place). With one of
+them the volume opens offline. What looks like a mistake of the administrator (another volume's
+diff area, no diff area at all, a foreign version) is an error instead, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..backing import Backing, FileBacking
+from ..config import VolumeConfig, VolumePaths, load
+from ..diffarea.area import DiffArea
+from ..diffarea.layout import DEFAULT_BLOCK_SIZE
+from ..diffarea.recovery import Report, open_area
+from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
+from .core import Core, Log
+from .statefile import STATE_SIZE, SavedState, StateFile
+
+#: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
+_DAMAGE = ("checksum", "inconsistent", "format")
+
+
+@dataclass
+class Opened:
+    """What `open_core` found. fault: why the volume must be offline, None if nothing is wrong."""
+
+    core: Core
+    saved: SavedState
+    fault: FaultError | None
+    report: Report | None
+    warnings: list[str]
+
+
+def open_files(directory: Path, make_log: Callable[[Path], Log]) -> Opened:
+    """Open and lock the files of the volume in `directory`. VsnapError, OSError."""
+    config = load(directory)
+    paths = VolumePaths(directory, config)
+    opened: list[Backing] = []
+    try:
+        replica = _open_replica(paths, config)
+        opened.append(replica)
+        state, new_state = _open_state(paths)
+        opened.append(state)
+        area: Backing | None = None
+        problem: FaultError | None = None
+        try:
+            area = _open_backing(paths.diff_area, config.diff_area)
+            opened.append(area)
+        except BusyError:
+            raise
+        except (OSError, VsnapError) as error:
+            problem = _why_not_open(paths.diff_area, error)
+        log = make_log(paths.events)
+        return open_core(
+            str(paths.directory), config, replica, area, state, log, problem, new_state
+        )
+    except BaseException:
+        for backing in opened:
+            backing.close()
+        raise
+
+
+def _open_backing(path: Path, configured: str) -> FileBacking:
+    # A name inside the volume directory must not lead out of it; a path that an administrator
+    # chose (/dev/disk/by-id/…) may be a link.
+    return FileBacking.open(path, follow=os.sep in configured)
+
+
+def _open_replica(paths: VolumePaths, config: VolumeConfig) -> FileBacking:
+    try:
+        return _open_backing(paths.replica, config.replica)
+    except OSError as error:
+        raise VsnapError(
+            f"volume {paths.directory}: the replica {paths.replica} cannot be opened: "
+            f"{error.strerror}",
+            hint="Bring it back, or correct 'replica' in volume.toml.",
+            errno=error.errno or errno.EIO,
+            code="no-replica",
+        ) from error
+
+
+def _open_state(paths: VolumePaths) -> tuple[FileBacking, bool]:
+    """The state file, and whether it had to be made anew."""
+    try:
+        return FileBacking.open(paths.state, follow=False), False
+    except FileNotFoundError:
+        state = FileBacking.create(paths.state)
+        state.allocate(0, STATE_SIZE)
+        state.write(0, bytes(STATE_SIZE))
+        return state, True
+
+
+def _why_not_open(path: Path, error: OSError | VsnapError) -> FaultError:
+    number = error.errno or errno.EIO
+    text = error.message if isinstance(error, VsnapError) else f"{path}: {error.strerror}"
+    if number in (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.ENOMEDIUM):
+        code = FaultCode.DIFF_AREA_MISSING
+    elif number == errno.EIO and isinstance(error, OSError):
+        code = FaultCode.IO_FAILURE_DURING_ONLINE
+    else:
+        code = FaultCode.FILE_SYSTEM_FAILURE
+    return FaultError(code, text, errno=number)
+
+
+def open_core(
+    name: str,
+    config: VolumeConfig,
+    replica: Backing,
+    area_backing: Backing | None,
+    state: Backing,
+    log: Log,
+    problem: FaultError | None = None,
+    new_state: bool = False,
+) -> Opened:
+    """Put an open volume together from its backings. problem: why there is no `area_backing`."""
+    volume_id = bytes.fromhex(config.volume_id)
+    warnings: list[str] = []
+    state_file = StateFile(state, volume_id)
+    saved = SavedState()
+    if not new_state:
+        try:
+            saved = state_file.load()
+        except (FormatError, OSError) as error:
+            warnings.append(f"the state file is lost ({error}); the superblock decides")
+    else:
+        warnings.append("the state file was missing; the superblock decides")
+    area: DiffArea | None = None
+    report: Report | None = None
+    size = replica.size()
+    if area_backing is not None:
+        try:
+            area, report = _open_area(area_backing, replica, volume_id, saved, size)
+        except FaultError as error:
+            problem = error
+            area_backing.close()
+    if area is not None:
+        size = area.superblock.replica_size
+        problem = problem or _problem_of(area, report, saved)
+    core = Core(
+        name=name,
+        config=config,
+        replica=replica,
+        area=area,
+        state_file=state_file,
+        log=log,
+        size=size,
+        block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
+        volume_id=volume_id,
+    )
+    return Opened(core, saved, problem, report, warnings)
+
+
+def _open_area(
+    backing: Backing, replica: Backing, volume_id: bytes, saved: SavedState, size: int
+) -> tuple[DiffArea, Report]:
+    try:
+        area, report = open_area(backing, replica, volume_id)
+    except FormatError as error:
+        if error.code not in _DAMAGE:
+            raise
+        raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
+    except MemoryError as error:
+        raise FaultError(
+            FaultCode.MEMORY_ALLOCATION_FAILURE, "no memory for the index", errno=errno.ENOMEM
+        ) from error
+    wanted = area.superblock.replica_size
+    if size < wanted or (size != wanted and not replica.is_device):
+        raise VsnapError(
+            f"the replica {replica.path} has {size} bytes, its diff area says {wanted}",
+            hint="It is not the replica this diff area was made for, or it has been resized.",
+            code="other-replica",
+        )
+    given_up = saved.given_up
+    if any(point.number <= given_up for point in area.superblock.points):
+        # Recorded as lost where the superblock could not be changed any more.
+        kept = tuple(point for point in area.superblock.points if point.number > given_up)
+        area.superblock = replace(area.superblock, points=kept, restoring=0, clean=False)
+        numbers = [point.number for point in kept]
+        area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
+        area.index.compact(numbers)
+        report.unclean = True
+    return area, report
+
+
+def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
+    superblock = area.superblock
+    if superblock.generation < saved.generation:
+        return FaultError(
+            FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
+            f"the diff area is at generation {superblock.generation}, "
+            f"{saved.generation} was written before: an old copy of it has been put back",
+        )
+    if report is not None and area.backing.size() < superblock.allocated:
+        return FaultError(FaultCode.META_DATA_CORRUPTION, report.problems[0])
+    if area.damaged_sectors:
+        return FaultError(
+            FaultCode.META_DATA_CORRUPTION,
+            f"{len(area.damaged_sectors)} descriptor sectors are bad in both copies "
+            f"(the first is number {area.damaged_sectors[0]})",
+        )
+    return None
+
+
+def check_replica(core: Core, accept_changed: bool) -> str | None:
+    """After a clean close: a warning if somebody wrote to the replica since, None if nobody did.
+
+    VsnapError unless `accept_changed`.
+    """
+    area = core.area
+    if area is None or not area.superblock.clean:
+        return None
+    before, now = area.superblock.replica, core.replica.identity()
+    if before == now or not any(before):
+        return None
+    core.log.log(
+        "vsnapfs",
+        1051,
+        volume=core.name,
+        device=str(core.replica.path),
+        reason=f"{before._asdict()} → {now._asdict()}",
+    )
+    text = f"the replica of volume {core.name} has changed since it was last closed"
+    if not accept_changed:
+        raise VsnapError(
+            text,
+            hint="Somebody wrote to it beside vsnapfs, or it was copied. Recovery points may be "
+            "wrong where it was changed. 'vsnapfs mount --accept-changed-replica' goes on.",
+            code="replica-changed",
+        )
+    return text
+
+
+def close_files(core: Core) -> None:
+    """Close all backings, whatever happens."""
+    backings = [core.replica, core.state_file.backing]
+    if core.area is not None:
+        backings.append(core.area.backing)
+    for backing in backings:
+        with suppress(OSError):
+            backing.close()

@@ -1,0 +1,229 @@
+"""Recovery points: create, delete, find, and the rules for labels.
+
+Owns the catalog as it changes. Creating follows DESIGN's order: flush without holding writes,
+hold them, wait for those in flight, sync the replica (the point falls through to it), commit,
+release, answer. Deleting is one commit of the superblock; slots are free only after it.
+Promise C2: deleting needs no room and works in every state.
+"""
+
+from __future__ import annotations
+
+import errno
+import unicodedata
+from dataclasses import replace
+
+import trio
+
+from ..diffarea.bitmap import BlockSet
+from ..diffarea.layout import MAX_POINTS
+from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
+from ..errors import BusyError, FaultError, UsageError, VsnapError
+from .core import Core, in_thread, now_ns
+from .protection import Protection
+from .room import Room
+
+_WORDS = ("latest", "oldest")
+
+
+def check_label(label: str) -> None:
+    """UsageError unless `label` can name a point and never be taken for a number or a word."""
+    reason = ""
+    if not label or label != label.strip():
+        reason = "it must not be empty or begin or end with a space"
+    elif label.isdigit() or label in _WORDS:
+        reason = "it must not be a number, 'latest' or 'oldest'"
+    elif "/" in label or any(unicodedata.category(c)[0] == "C" for c in label):
+        reason = "it must not contain '/' or control characters"
+    elif len(label.encode(errors="surrogatepass")) > MAX_LABEL:
+        reason = f"it must not be longer than {MAX_LABEL} bytes"
+    if reason:
+        raise UsageError(f"{label!r} cannot be a label: {reason}")
+
+
+class Points:
+    """The recovery points of an open volume."""
+
+    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+        self._core = core
+        self._protection = protection
+        self._room = room
+        room.remove_points = self.remove
+        room.forget_all_points = self.forget_all
+        #: Points deleted while open: handles on them get ESTALE.
+        self.gone: set[int] = set()
+
+    def resolve(self, spec: str | int) -> RecoveryPoint:
+        """The point that a number, a label, "latest" or "oldest" names. VsnapError if none."""
+        points = self._core.points
+        text = str(spec)
+        if points and text in _WORDS:
+            return points[-1] if text == "latest" else points[0]
+        if text.isascii() and text.isdigit():
+            number = int(text) if len(text) < 20 else -1
+            found = [point for point in points if point.number == number]
+        else:
+            found = [point for point in points if point.label == text]
+        if not found:
+            existing = (
+                f"It has points {points[0].number} to {points[-1].number}."
+                if points
+                else "It has none."
+            )
+            raise VsnapError(
+                f"volume {self._core.name} has no recovery point {text!r}",
+                hint=f"{existing} See 'vsnapfs recovery-point list'.",
+                errno=errno.ENOENT,
+                code="no-such-point",
+            )
+        return found[0]
+
+    async def create(self, label: str | None) -> RecoveryPoint:
+        """Take a recovery point of this instant. VsnapError when refused, with nothing changed."""
+        core, protection = self._core, self._protection
+        if label is not None:
+            check_label(label)
+        async with core.admin_lock:
+            protection.require_online("creating a recovery point")
+            area = core.need_area()
+            if label is not None and any(point.label == label for point in core.points):
+                raise UsageError(f"volume {core.name} already has a recovery point {label!r}")
+            if area.superblock.epoch >= MAX_POINT_NUMBER:
+                raise VsnapError(f"volume {core.name} has used up all point numbers")
+            await self._keep_below_limit()
+            await self._sync_replica()
+            try:
+                async with core.gate.held(core.config.hold_timeout):
+                    point = await self._take(label or "")
+            except trio.TooSlowError:
+                core.log.log(
+                    "volsnap", 8, volume=core.name, reason="writes in flight took too long"
+                )
+                raise VsnapError(
+                    f"volume {core.name}: no recovery point was taken, the writes in flight were "
+                    f"not done within {core.config.hold_timeout:g} s",
+                    hint="Try again when the disk is less busy.",
+                    errno=errno.ETIMEDOUT,
+                    code="timeout",
+                ) from None
+        core.log.log("vsnapfs", 1010, volume=core.name, point=point.number, label=label)
+        core.changed()
+        return point
+
+    async def _keep_below_limit(self) -> None:
+        core = self._core
+        if len(core.points) < MAX_POINTS:
+            return
+        if core.config.on_full != "evict":
+            raise VsnapError(
+                f"volume {core.name} already has {MAX_POINTS} recovery points",
+                hint="Delete one first: 'vsnapfs recovery-point delete VOLUME oldest'.",
+                errno=errno.ENOSPC,
+                code="too-many-points",
+            )
+        oldest = core.points[0]
+        await self._or_trip(self.remove([oldest.number]))
+        core.log.log(
+            "volsnap", 58, volume=core.name, point=oldest.number, label=oldest.label or None
+        )
+
+    async def _take(self, label: str) -> RecoveryPoint:
+        """With writes held and none in flight."""
+        core = self._core
+        self._protection.require_online("creating a recovery point")
+        await self._sync_replica()
+        superblock = core.need_area().superblock
+        point = RecoveryPoint(superblock.epoch + 1, now_ns(), label)
+
+        async def commit() -> None:
+            async with core.area_lock:
+                await core.commit(points=(*core.points, point), epoch=point.number)
+
+        await self._or_trip(commit())
+        # Still held: the first write of the new epoch must find nothing preserved.
+        core.preserved.clear()
+        return point
+
+    async def _sync_replica(self) -> None:
+        try:
+            await in_thread(self._core.replica.sync)
+        except OSError as error:
+            await self._protection.replica_sync_failed(error)
+            self._protection.require_online("creating a recovery point")
+
+    async def _or_trip(self, work: object) -> None:
+        """Run a commit; its failure is a fault (13, 14, 15) like any other."""
+        try:
+            await work  # type: ignore[misc]
+        except FaultError as error:
+            await self._protection.trip(error)
+            raise VsnapError(
+                f"volume {self._core.name}: {error.message}",
+                hint="'vsnapfs status' shows the fault.",
+                errno=error.errno,
+                exit_code=3,
+                code="fault",
+            ) from error
+
+    async def delete(self, number: int, *, force: bool) -> None:
+        """Delete a point. BusyError if it is open (unless `force`) or being restored."""
+        core = self._core
+        async with core.admin_lock:
+            point = self.resolve(number)
+            if core.need_area().superblock.restoring == number:
+                raise BusyError(f"recovery point {number} is being restored")
+            if core.open_points.get(number) and not force:
+                raise BusyError(
+                    f"recovery point {number} of volume {core.name} is open",
+                    hint="Close what reads it, or use --force (its readers then get ESTALE).",
+                )
+            await self._or_trip(self.remove([number]))
+        core.log.log("vsnapfs", 1011, volume=core.name, point=number, label=point.label or None)
+
+    async def remove(self, numbers: list[int]) -> None:
+        """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
+
+        Asks nobody: eviction comes here from within a write.
+        """
+        core = self._core
+        area = core.need_area()
+        async with core.area_lock:
+            remaining = tuple(point for point in core.points if point.number not in numbers)
+            if len(remaining) == len(core.points):
+                return
+            await core.commit(points=remaining)
+            self.gone.update(numbers)
+            live = [point.number for point in remaining]
+
+            def tidy() -> BlockSet:
+                area.index.compact(live)
+                preserved = BlockSet()
+                if live:
+                    preserved.update(area.index.blocks_since(live[-1]))
+                return preserved
+
+            core.preserved = await in_thread(tidy)
+            kept = area.index.live_slots(live)
+            area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
+        core.changed()
+
+    async def forget_all(self) -> None:
+        """Give up every point even if the diff area cannot be written any more. FaultError 13.
+
+        The state file records the loss first: a superblock that could not be changed must not
+        bring the points back, their blocks are going to be overwritten without a copy.
+        """
+        core = self._core
+        numbers = [point.number for point in core.points]
+        area = core.need_area()
+        async with core.area_lock:
+            await self._protection.record_given_up(max(numbers))
+            try:
+                await core.commit(points=())
+            except FaultError:
+                # Nothing may be written there any more; without points nothing needs to be.
+                area.superblock = replace(area.superblock, points=())
+            self.gone.update(numbers)
+            area.index.compact([])
+            core.preserved = BlockSet()
+            area.slots.keep_only(area.index.live_slots([]), also=self._room.promised)
+        core.changed()

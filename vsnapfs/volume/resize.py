@@ -1,0 +1,174 @@
+"""Resizing the diff area to a new total, up or down, online or offline.
+
+Owns the shrink. A copy that lies too high is first written a second time further down and made
+durable, then found there, and only then forgotten above; the superblock's commit comes last, the
+truncation after it. Points stay readable throughout, and a stop at any instant leaves either the
+old size or the new one. Writes go first: if they need the space, the shrink gives up.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import trio
+
+from ..diffarea.area import DiffArea, check_maximum
+from ..errors import FaultError, UsageError, VsnapError
+from ..units import format_size
+from .core import Core, Progress, in_thread
+from .protection import Protection
+from .restore import no_progress
+from .room import Room
+
+_AT_ONCE = 64
+
+
+class Resize:
+    """Changes the sizes of an open volume's diff area."""
+
+    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+        self._core = core
+        self._protection = protection
+        self._room = room
+
+    async def run(self, total: int, progress: Progress | None) -> None:
+        """Make `total` bytes the maximum; when shrinking, allocated ≤ `total` afterwards.
+
+        UsageError when it is too small for what is used or impossible, VsnapError when the shrink
+        is given up; nothing has changed then.
+        """
+        core = self._core
+        async with core.admin_lock, core.grow_lock:
+            area = core.need_area()
+            old = area.maximum
+            check_maximum(area.layout, total)
+            if area.backing.is_device and total > area.backing.size():
+                raise UsageError(
+                    f"{area.backing.path} holds only {format_size(area.backing.size())}"
+                )
+            try:
+                if area.layout.slots_in(total) < len(area.slots):
+                    await self._shrink(area, total, progress or no_progress)
+                else:
+                    await self._grow(area, total)
+            except FaultError as error:
+                raise VsnapError(
+                    f"volume {core.name}: the diff area could not be resized: {error.message}",
+                    errno=error.errno,
+                    code="fault",
+                ) from error
+            self._room.reset()
+        core.log.log(
+            "vsnapfs",
+            1030,
+            volume=core.name,
+            diff_area=str(area.backing.path),
+            old=old,
+            new=total,
+            used=area.used,
+            allocated=area.allocated,
+            maximum=area.maximum,
+        )
+        core.changed()
+
+    async def _grow(self, area: DiffArea, total: int) -> None:
+        """A new limit. A device's space is there already and all of it is put to use."""
+        core = self._core
+        if area.backing.is_device and area.layout.slots_in(total) > len(area.slots):
+            slots = area.layout.slots_in(total)
+            await in_thread(area.prepare_growth, slots)
+            async with core.area_lock:
+                await core.commit(maximum=total, allocated=area.layout.size_of(slots))
+                area.slots.resize(slots)
+            return
+        async with core.area_lock:
+            await core.commit(maximum=total)
+
+    # -- shrinking ------------------------------------------------------------------------------
+
+    async def _shrink(self, area: DiffArea, total: int, progress: Progress) -> None:
+        core = self._core
+        target = area.layout.slots_in(total)
+        if area.slots.in_use > target:
+            raise UsageError(
+                f"the diff area of volume {core.name} holds more than {format_size(total)}: "
+                f"{format_size(area.used)} are used",
+                hint=f"The smallest total now is {format_size(area.minimum_for_used)}; "
+                "deleting recovery points frees space.",
+                code="too-small",
+            )
+        if area.damaged_sectors:
+            raise VsnapError(f"the diff area of volume {core.name} is damaged and cannot shrink")
+        area.slots.limit = target
+        try:
+            # Writes that reserved slots above the limit finish first; later ones stay below.
+            async with core.gate.held(core.config.hold_timeout):
+                pass
+            await self._move_down(area, target, progress)
+            async with core.area_lock:
+                self._check_still_wanted(area)
+                area.slots.limit = None
+                await in_thread(area.cut, target, total)
+        except trio.TooSlowError:
+            raise VsnapError(
+                f"volume {core.name}: writes in flight took too long", errno=errno.ETIMEDOUT
+            ) from None
+        finally:
+            area.slots.limit = None
+
+    async def _move_down(self, area: DiffArea, target: int, progress: Progress) -> None:
+        core = self._core
+        blocks, epochs, slots = await in_thread(area.index.everything)
+        where = {
+            int(slot): (int(block), int(epoch))
+            for block, epoch, slot in zip(blocks, epochs, slots, strict=True)
+            if slot >= target
+        }
+        todo = area.slots.taken_from(target)
+        for start in range(0, len(todo), _AT_ONCE):
+            async with core.area_lock:
+                self._check_still_wanted(area)
+                moves = []
+                # A point may have been deleted since: only what is still taken moves.
+                high = [
+                    slot for slot in todo[start : start + _AT_ONCE] if area.slots.is_taken(slot)
+                ]
+                if not high:
+                    continue
+                low = area.slots.reserve(len(high))
+                if low is None:
+                    raise self._gave_up()
+                for old, new in zip(high, low, strict=True):
+                    block, epoch = where[old]
+                    moves.append((block, epoch, old, new))
+                try:
+                    await in_thread(self._move, area, moves)
+                except FaultError:
+                    area.slots.release(low)
+                    raise
+                area.slots.release(high)
+            progress("shrink", (start + len(high)) * core.block_size, len(todo) * core.block_size)
+        # Descriptors of free slots above the limit would come back to life if the area grew
+        # again: in the group that stays in part, they are cleared.
+        async with core.area_lock:
+            self._check_still_wanted(area)
+            stale = range(target, min(len(area.slots), area.layout.group_end(target)))
+            await in_thread(area.clear_descriptors, stale)
+
+    def _move(self, area: DiffArea, moves: list[tuple[int, int, int, int]]) -> None:
+        if area.needs_rollback:
+            area.rollback()
+        area.move_copies(moves)
+        area.index.move([(block, epoch, new) for block, epoch, _, new in moves])
+
+    def _check_still_wanted(self, area: DiffArea) -> None:
+        if area.slots.limit is None:
+            raise self._gave_up()
+
+    def _gave_up(self) -> VsnapError:
+        return VsnapError(
+            f"volume {self._core.name}: the shrink was given up, writes needed the space",
+            hint="Nothing was lost; choose a larger total or try again when less is written.",
+            errno=errno.ENOSPC,
+            code="gave-up",
+        )

@@ -1,0 +1,114 @@
+"""The `state` file: on- or offline and why, kept where a full or lost diff area cannot hurt it.
+
+Owns its 8 KiB: two checksummed copies of 4 KiB, preallocated when the volume is created and
+overwritten in place, one after the other, each synced. Promise: what `save` returned from is
+found by the next `load`, whatever happens; a torn copy leaves the other one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from ..backing import Backing
+from ..errors import Fault, FormatError
+
+COPY_SIZE = 4096
+STATE_SIZE = 2 * COPY_SIZE
+_MAGIC = b"VSNAPST\x00"
+_HEAD = struct.Struct("<8sII16sQ")  # magic, version, text length, volume id, sequence
+_VERSION = 1
+_CHECK_OFFSET = COPY_SIZE - 8
+_MAX_TEXT = _CHECK_OFFSET - _HEAD.size
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What must be known even without the diff area.
+
+    given_up: recovery points up to this number no longer count (policy `evict` lost them, or an
+    administrator gave them up), even if a superblock still names them. maximum (bytes),
+    block_size (bytes) and epoch are the diff area's, as last seen: a new area can be made with
+    them and no number is used twice. generation: the superblock's at that time.
+    """
+
+    offline: bool = False
+    fault: Fault | None = None
+    given_up: int = 0
+    maximum: int = 0
+    block_size: int = 0
+    epoch: int = 0
+    generation: int = 0
+
+
+class StateFile:
+    """Reads and writes the state in an open `backing` of at least 8 KiB."""
+
+    def __init__(self, backing: Backing, volume_id: bytes) -> None:
+        self.backing = backing
+        self._volume_id = volume_id
+        self._sequence = 0
+
+    def load(self) -> SavedState:
+        """The newest valid copy. FormatError if there is none; OSError if it cannot be read."""
+        found: list[tuple[int, SavedState]] = []
+        for copy in (0, 1):
+            if self.backing.size() >= (copy + 1) * COPY_SIZE:
+                data = bytes(self.backing.read(copy * COPY_SIZE, COPY_SIZE))
+                decoded = _decode(data, self._volume_id)
+                if decoded:
+                    found.append(decoded)
+        if not found:
+            raise FormatError(f"{self.backing.path} holds no valid state of this volume")
+        self._sequence, state = max(found, key=lambda pair: pair[0])
+        return state
+
+    def save(self, state: SavedState) -> None:
+        """Write both copies, each synced. OSError when that fails."""
+        self._sequence += 1
+        data = _encode(state, self._volume_id, self._sequence)
+        for copy in (0, 1):
+            self.backing.write(copy * COPY_SIZE, data)
+            self.backing.sync()
+
+
+def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
+    fields: dict[str, Any] = dict(vars(state))
+    fields["fault"] = state.fault.to_json() if state.fault else None
+    text = json.dumps(fields, ensure_ascii=False).encode()
+    if len(text) > _MAX_TEXT and state.fault:
+        # Only the free text and the path can be long; the numbers must survive.
+        fields["fault"] |= {
+            "message": state.fault.message[:200],
+            "diff_area": (state.fault.diff_area or "")[:500],
+        }
+        text = json.dumps(fields, ensure_ascii=False).encode()
+    buffer = bytearray(COPY_SIZE)
+    _HEAD.pack_into(buffer, 0, _MAGIC, _VERSION, len(text), volume_id, sequence)
+    buffer[_HEAD.size : _HEAD.size + len(text)] = text
+    check = xxhash.xxh3_64_intdigest(memoryview(buffer)[:_CHECK_OFFSET])
+    struct.pack_into("<Q", buffer, _CHECK_OFFSET, check)
+    return bytes(buffer)
+
+
+def _decode(data: bytes, volume_id: bytes) -> tuple[int, SavedState] | None:
+    magic, version, length, owner, sequence = _HEAD.unpack_from(data)
+    (check,) = struct.unpack_from("<Q", data, _CHECK_OFFSET)
+    if (
+        magic != _MAGIC
+        or version != _VERSION
+        or owner != volume_id
+        or length > _MAX_TEXT
+        or check != xxhash.xxh3_64_intdigest(data[:_CHECK_OFFSET])
+    ):
+        return None
+    try:
+        fields = json.loads(data[_HEAD.size : _HEAD.size + length])
+        fault = Fault.from_json(fields["fault"]) if fields["fault"] else None
+        return sequence, SavedState(**fields | {"fault": fault})
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,424 @@
+"""A volume: one protected device, opened.
+
+Owns opening, closing and the services that the layers above use; each method here is a short walk
+to the part that does the work (`writer`, `reader`, `points`, `restore`, `resize`, `protection`).
+All methods are to be called in the trio thread. Between `open` and `close`, `run` must be running
+in a nursery: growth happens there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ..config import VolumeConfig
+from ..diffarea.area import DiffArea
+from ..diffarea.superblock import RecoveryPoint
+from ..diffarea.verify import Verification
+from ..errors import FaultCode, FaultError, VsnapError
+from ..events import EventLog
+from . import giveup
+from .core import Progress, in_thread
+from .handles import PointHandle, ReplicaHandle
+from .opening import Opened, check_replica, close_files, open_files
+from .points import Points
+from .protection import Protection, log_fault
+from .reader import Reader
+from .resize import Resize
+from .restore import Restore, no_progress
+from .room import Room
+from .status import status_of
+from .writer import Writer
+
+
+class Volume:
+    """See the module's note. `directory` is the volume's, `size` the replica's in bytes."""
+
+    def __init__(self, opened: Opened, mountpoint: str | None) -> None:
+        core = opened.core
+        self.core = core
+        self.mountpoint = mountpoint
+        self.warnings = list(opened.warnings)
+        self.protection = Protection(core, opened.saved)
+        self.room = Room(core)
+        self.points_service = Points(core, self.protection, self.room)
+        self.writer = Writer(core, self.protection, self.room)
+        self.reader = Reader(core)
+        self._restore = Restore(core, self.protection, self.room, self.writer, self.points_service)
+        self._resize = Resize(core, self.protection, self.room)
+        self._stop = trio.Event()
+        self._stopped = trio.Event()
+        self._stopped.set()
+        self._closed = False
+
+    @property
+    def directory(self) -> Path:
+        """The volume's directory, absolute."""
+        return Path(self.core.name)
+
+    @property
+    def config(self) -> VolumeConfig:
+        """What was chosen in volume.toml."""
+        return self.core.config
+
+    @property
+    def log(self) -> EventLog:
+        """The event log."""
+        return self.core.log  # type: ignore[return-value]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the replica and of every recovery point."""
+        return self.core.size
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        return self.core.block_size
+
+    @property
+    def points(self) -> list[RecoveryPoint]:
+        """The live recovery points, oldest first."""
+        return list(self.core.points)
+
+    # -- opening and closing --------------------------------------------------------------------
+
+    @classmethod
+    async def open(
+        cls,
+        directory: Path | str,
+        *,
+        accept_changed_replica: bool = False,
+        mountpoint: str | None = None,
+    ) -> Volume:
+        """Open and lock the volume in `directory`.
+
+        mountpoint: where it is going to be served, None for a single command. Opens offline when
+        something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
+        FormatError; nothing has changed then.
+        """
+        opened = await in_thread(open_files, Path(directory), EventLog)
+        try:
+            return await cls.from_opened(opened, accept_changed_replica, mountpoint)
+        except BaseException:
+            close_files(opened.core)
+            opened.core.log.close()  # type: ignore[attr-defined]
+            raise
+
+    @classmethod
+    async def from_opened(
+        cls, opened: Opened, accept_changed_replica: bool = False, mountpoint: str | None = None
+    ) -> Volume:
+        """The second half of `open`: judge what was found. Tests start here."""
+        volume = cls(opened, mountpoint)
+        changed = check_replica(opened.core, accept_changed_replica)
+        if changed:
+            volume.warnings.append(changed)
+        await volume._judge(opened)
+        if mountpoint is not None:
+            volume.log.log("vsnapfs", 1001, volume=volume.core.name, what=mountpoint)
+        return volume
+
+    async def _judge(self, opened: Opened) -> None:
+        """Decide whether the volume is online, and make what was recovered durable."""
+        protection, area = self.protection, opened.core.area
+        if area is not None and opened.fault is None:
+            self._remember_preserved(area)
+            recorded = area.superblock.fault
+            if recorded is not None and protection.is_online:
+                # The state file was lost or is older: offline if either says so.
+                protection.fault, protection.is_online = recorded, False
+            try:
+                await self._finish_recovery(opened)
+                if protection.fault and protection.fault.code is FaultCode.DIFF_AREA_MISSING:
+                    await protection.come_online()
+            except FaultError as error:
+                await self._offline_at_open(error)
+        elif opened.fault is not None:
+            if area is not None:
+                self._remember_preserved(area)
+            await self._offline_at_open(opened.fault)
+
+    def _remember_preserved(self, area: DiffArea) -> None:
+        points = area.superblock.points
+        if points:
+            self.core.preserved.update(area.index.blocks_since(points[-1].number))
+
+    async def _finish_recovery(self, opened: Opened) -> None:
+        core, report = self.core, opened.report
+        assert report is not None
+        for what in report.healed:
+            core.log.log("vsnapfs", 1041, volume=core.name, what=what)
+        if report.unclean:
+            core.log.log(
+                "vsnapfs",
+                1042,
+                volume=core.name,
+                kept=report.kept,
+                dropped=report.dropped,
+                count=report.damaged or None,
+            )
+        if report.unclean or report.healed:
+            # Both copies of the superblock agree again, and all that recovery decided is durable
+            # before anything relies on it.
+            async with core.area_lock:
+                await core.commit()
+
+    async def _offline_at_open(self, error: FaultError) -> None:
+        """Go offline by a fault found at open; one that is already recorded is not logged again."""
+        protection = self.protection
+        known = protection.fault
+        if not protection.is_online and known is not None:
+            if known.code is not error.code:
+                protection.trouble = error.message
+            if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
+                self.core.area_is_stale = True
+            return
+        protection.is_online = True  # So that `mark` records the fault over a plain offline.
+        protection.mark(error)
+        await in_thread(self._save_fault)
+
+    def _save_fault(self) -> None:
+        protection = self.protection
+        assert protection.fault is not None
+        log_fault(self.core.log, self.core.name, protection.fault)
+        with suppress(OSError):
+            protection.save(offline=True, fault=protection.fault)
+        protection.settled()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the background work (growth, an interrupted restore) until `close`."""
+        self._stopped = trio.Event()
+        try:
+            async with trio.open_nursery() as nursery:
+                self.core.nursery = nursery
+                await self._continue_restore()
+                task_status.started()
+                await self._stop.wait()
+                # A growth under way is finished: the nursery waits for it.
+        finally:
+            self.core.nursery = None
+            self._stopped.set()
+
+    async def _continue_restore(self) -> None:
+        area = self.core.area
+        if area is None or not self.protection.is_online or not area.superblock.restoring:
+            return
+        try:
+            await self._restore.go_on()
+        except FaultError as error:
+            await self.protection.trip(error)
+        except VsnapError as error:
+            await self.protection.trip(
+                FaultError(FaultCode.IO_FAILURE_DURING_ONLINE, error.message, errno=error.errno)
+            )
+
+    async def close(self) -> None:
+        """Close cleanly: wait for writes, flush, record the replica's identity, unlock."""
+        if self._closed:
+            return
+        self._closed = True
+        core = self.core
+        with trio.CancelScope(shield=True):
+            with suppress(trio.TooSlowError):
+                async with core.gate.held(core.config.hold_timeout):
+                    self.protection.session += 1
+                    await self._leave()
+            self._stop.set()
+            await self._stopped.wait()
+            await in_thread(close_files, core)
+        if self.mountpoint is not None:
+            self.log.log("vsnapfs", 1002, volume=core.name)
+        close_log = getattr(core.log, "close", None)
+        if close_log is not None:
+            close_log()
+
+    async def _leave(self) -> None:
+        """The clean end: everything durable, then the superblock says so. Failing is allowed:
+        the next open then treats it as an unclean stop.
+        """
+        core, area = self.core, self.core.area
+        if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
+            return
+        if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
+            return
+        try:
+            await in_thread(core.replica.sync)
+            async with core.area_lock:
+                await core.commit(clean=True, replica=core.replica.identity())
+            await in_thread(self._note_generation)
+        except (FaultError, OSError) as error:
+            core.log.log(
+                "vsnapfs", 1091, volume=core.name, reason=f"the volume could not be closed: {error}"
+            )
+
+    def _note_generation(self) -> None:
+        self.protection.save()
+
+    # -- handles --------------------------------------------------------------------------------
+
+    def open_replica(self) -> ReplicaHandle:
+        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored)."""
+        if not self.protection.is_online:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        if self.protection.restoring:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return ReplicaHandle(self)
+
+    def open_point(self, number: int) -> PointHandle:
+        """A handle on recovery point `number`. OSError ENOENT."""
+        if not any(point.number == number for point in self.core.points):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return PointHandle(self, number)
+
+    def log_flush_failure(self, error: OSError) -> None:
+        """The file system above could not flush: the NTFS 140 equivalent."""
+        self.core.log.log_flush_failure(
+            volume=self.core.name,
+            device=str(self.mountpoint or self.core.replica.path),
+            reason=os.strerror(error.errno or errno.EIO),
+        )
+
+    # -- operations -----------------------------------------------------------------------------
+
+    def resolve(self, spec: str | int) -> RecoveryPoint:
+        """The point that a number, a label, "latest" or "oldest" names. VsnapError."""
+        return self.points_service.resolve(spec)
+
+    async def create_point(self, label: str | None = None) -> RecoveryPoint:
+        """Take a recovery point of this instant. VsnapError."""
+        return await self.points_service.create(label)
+
+    async def delete_point(self, number: int, *, force: bool = False) -> None:
+        """Delete a recovery point. BusyError if open, unless `force`. VsnapError."""
+        await self.points_service.delete(number, force=force)
+
+    async def restore(
+        self, number: int, *, force: bool = False, progress: Progress | None = None
+    ) -> int:
+        """Make the replica what point `number` holds. Bytes written. VsnapError."""
+        return await self._restore.run(number, force=force, progress=progress)
+
+    async def resize(self, total: int, *, progress: Progress | None = None) -> None:
+        """Set the diff area's maximum to `total` bytes. UsageError, VsnapError."""
+        await self._resize.run(total, progress)
+
+    async def go_offline(self) -> None:
+        """Take the volume offline by hand."""
+        async with self.core.admin_lock:
+            if self.protection.restoring:
+                self.protection.require_online("taking it offline")
+            await self.protection.take_offline()
+
+    async def online(self, *, give_up_recovery_points: bool = False) -> list[str]:
+        """Bring the volume online. Returns warnings to show. VsnapError if it must stay offline.
+
+        Handles from before stay dead. give_up_recovery_points: start an empty diff area, all
+        recovery points are lost; the only way out when it is truly gone.
+        """
+        async with self.core.admin_lock:
+            if give_up_recovery_points:
+                return await giveup.give_up_recovery_points(self)
+            if self.protection.is_online:
+                return [f"volume {self.core.name} is already online"]
+            warnings = await self._bring_back()
+        await self._continue_restore()
+        return warnings
+
+    async def _bring_back(self) -> list[str]:
+        core, protection = self.core, self.protection
+        self._refuse_if_hopeless()
+        try:
+            if core.replica_failed:
+                await in_thread(core.replica.reopen)
+                core.replica_failed = False
+            warning = protection.would_fit()
+            await protection.come_online()
+        except (FaultError, OSError, VsnapError) as error:
+            raise VsnapError(
+                f"volume {core.name} stays offline: {error}",
+                hint="Mend the cause, then try again.",
+                exit_code=3,
+                code="still-faulted",
+            ) from error
+        self.room.reset()
+        return [warning] if warning else []
+
+    def _refuse_if_hopeless(self) -> None:
+        core, area = self.core, self.core.area
+        give_up = "'vsnapfs online --give-up-recovery-points' starts an empty one, without points"
+        reason = hint = ""
+        if area is None:
+            reason = self.protection.trouble or "its diff area could not be opened"
+            hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
+        elif area.damaged_sectors or area.backing.size() < area.superblock.allocated:
+            reason = "its diff area is damaged beyond repair, new copies could hide old ones"
+            hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
+        elif core.area_is_stale:
+            reason = "somebody else has written to its diff area"
+            hint = (
+                f"Unmount and mount again to read it anew, then verify. If it is lost, {give_up}."
+            )
+        if reason:
+            raise VsnapError(
+                f"volume {core.name} cannot come online: {reason}",
+                hint=hint,
+                errno=errno.ENODEV,
+                exit_code=3,
+                code="no-way-online",
+            )
+
+    def status(self) -> dict[str, Any]:
+        """Everything about the volume, JSON-ready; sizes in bytes."""
+        return status_of(self)
+
+    async def verify(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Check every structure and every copy. Repairs nothing. See `diffarea.verify`."""
+        report = progress or no_progress
+        async with self.core.admin_lock:
+            area = self.core.need_area()
+            run = await in_thread(
+                Verification, area, lambda: [point.number for point in self.core.points]
+            )
+            for step in run.steps():
+                async with self.core.area_lock:
+                    await in_thread(step)
+                report("verify", min(run.done, run.total), run.total)
+        return {"ok": not run.problems, "checked": run.checked, "problems": run.problems}
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` when points or state change. Returns a function that ends it."""
+        self.core.listeners.append(callback)
+
+        def unsubscribe() -> None:
+            with suppress(ValueError):
+                self.core.listeners.remove(callback)
+
+        return unsubscribe
+
+    # -- for tests ------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """AssertionError if index, slots, preserved blocks and sizes contradict each other."""
+        core, area = self.core, self.core.area
+        if area is None or core.area_lock.locked():
+            return
+        points = [point.number for point in core.points]
+        live = area.index.live_slots(points).tolist()
+        assert len(set(live)) == len(live), "two copies in one slot"
+        taken = set(area.slots.taken_from(0))
+        assert set(live) <= taken, "a live copy in a free slot"
+        extra = taken - set(live) - self.room.promised - set(area.unknown_slots)
+        assert not extra, f"slots taken by nothing: {sorted(extra)[:5]}"
+        assert area.slots.in_use == len(taken)
+        assert area.used <= area.allocated <= area.maximum, "used ≤ allocated ≤ maximum"
+        if points:
+            newest = {int(block) for block in area.index.blocks_since(points[-1])}
+            assert all(block in core.preserved for block in newest)
+            assert len(core.preserved) == len(newest), "preserved blocks without a copy"

@@ -1,0 +1,323 @@
+"""The write path: reserve, preserve, barrier, overwrite.
+
+Owns the walk of a write and the group commit. Promises W1 (a refused write has moved no byte) and
+W2 (a block is overwritten only after its copy is durable, also by a second writer that comes while
+the first one's copy is on its way).
+
+A write first counts itself in at the gate. It reserves slots for all blocks it has to preserve,
+all or none; growth and the on-full policy are `room`'s business. The blocks join the open batch.
+The first to open a batch leads it: it waits for `area_lock` (so for the barrier under way;
+meanwhile others join), copies all blocks of the batch in a worker thread, and makes them durable
+with one sync. Then every writer of the batch overwrites, in the trio thread and without an await
+in between, so that a reader never finds a block overwritten whose copy is not in the index (R2).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from collections.abc import Iterable, Sequence
+
+import trio
+import xxhash
+
+from ..backing import Bytes
+from ..diffarea.area import DiffArea
+from ..diffarea.descriptors import Descriptor
+from ..errors import FaultCode, FaultError
+from .core import Core, in_thread
+from .protection import Protection
+from .room import Room
+
+_STAGING = 4 << 20
+
+
+class Batch:
+    """Blocks that will share a barrier, and the slots reserved for them."""
+
+    __slots__ = ("blocks", "done", "error", "slots")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.slots: list[int] = []
+        self.done = trio.Event()
+        self.error: FaultError | None = None
+
+
+class Writer:
+    """Carries out writes for an open volume."""
+
+    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+        self._core = core
+        self._protection = protection
+        self._room = room
+        self._open_batch: Batch | None = None
+        self._on_the_way: dict[int, Batch] = {}
+        self._staging: mmap.mmap | None = None
+
+    async def write(self, session: int, offset: int, data: Bytes) -> None:
+        """Write `data` at `offset`, all of it inside the replica.
+
+        OSError: ENODEV (offline, or a handle from before a fault), ENOSPC or EIO of the replica.
+        On any error but the replica's own EIO no byte has moved.
+        """
+        core, protection, gate = self._core, self._protection, self._core.gate
+        if not data:
+            return
+        while gate.closed:
+            await gate.wait_open()
+        if session != protection.session or not protection.is_online:
+            raise await protection.refuse()
+        gate.inside += 1
+        try:
+            first = offset // core.block_size
+            last = (offset + len(data) - 1) // core.block_size
+            if core.area is not None and core.area.superblock.clean:
+                await self._leave_clean(offset, len(data))
+            if core.points:
+                missing = core.preserved.missing(first, last)
+                if missing:
+                    await self._preserve(missing, offset, len(data))
+            holes = core.no_holes.missing(first, last)
+            if holes:
+                await self.fill_holes(holes, offset, len(data))
+            # No await between this look and the overwrite: a fault cannot slip in between.
+            if session != protection.session or not protection.is_online:
+                raise await protection.refuse()
+            try:
+                core.replica.write(offset, data)
+            except OSError as error:
+                self._replica_error("write", offset, len(data), error)
+                raise
+        finally:
+            gate.leave()
+
+    async def _leave_clean(self, offset: int, length: int) -> None:
+        try:
+            await self._core.mark_in_use()
+        except FaultError as error:
+            await self._protection.trip(error, offset=offset, length=length)
+            raise await self._protection.refuse() from error
+
+    # -- preserving -----------------------------------------------------------------------------
+
+    async def _preserve(self, blocks: list[int], offset: int, length: int) -> None:
+        """Return when every one of `blocks` is durably preserved, or need not be any more."""
+        core = self._core
+        # Shielded: a request that is given up must not leave a batch without its leader.
+        with trio.CancelScope(shield=True):
+            while True:
+                blocks = [block for block in blocks if block not in core.preserved]
+                if not blocks or not core.points:
+                    return
+                fresh = [block for block in blocks if block not in self._on_the_way]
+                slots = core.need_area().slots.reserve(len(fresh))
+                if slots is None:
+                    # The look above is stale after any await: start over.
+                    try:
+                        await self._room.make(len(fresh))
+                    except FaultError as error:
+                        error.block = fresh[0]
+                        await self._protection.trip(
+                            error, offset=offset, length=length, needed=len(fresh)
+                        )
+                    if not self._protection.is_online:
+                        raise await self._protection.refuse()
+                    continue
+                break
+            self._room.look_ahead()
+            batches = {self._on_the_way[block] for block in blocks if block in self._on_the_way}
+            if fresh:
+                batches.add(await self._join(fresh, slots, offset, length))
+            for batch in batches:
+                await batch.done.wait()
+                if batch.error is not None and core.points:
+                    raise await self._protection.refuse()
+
+    async def _join(
+        self, blocks: Sequence[int], slots: Sequence[int], offset: int, length: int
+    ) -> Batch:
+        """Put blocks into the open batch, and lead it if it is new."""
+        leads = self._open_batch is None
+        batch = self._open_batch = self._open_batch or Batch()
+        batch.blocks += blocks
+        batch.slots += slots
+        self._room.promised.update(slots)
+        for block in blocks:
+            self._on_the_way[block] = batch
+        if leads:
+            try:
+                async with self._core.area_lock:
+                    self._open_batch = None
+                    await self._flush(batch, offset, length)
+            finally:
+                await self._settle(batch)
+        return batch
+
+    async def _flush(self, batch: Batch, offset: int, length: int) -> None:
+        """Make a batch durable and known. The caller holds `area_lock`."""
+        core = self._core
+        area = core.need_area()
+        try:
+            await in_thread(self._copy, area, batch.blocks, batch.slots)
+        except FaultError as error:
+            batch.error = error
+            area.slots.release(batch.slots)
+            if core.config.on_full != "evict":
+                self._protection.mark(error, offset=offset, length=length, needed=len(batch.blocks))
+        else:
+            self._record(area, batch)
+        self._room.promised.difference_update(batch.slots)
+        if area.index.wants_folding():
+            await in_thread(area.index.fold)
+
+    def _record(self, area: DiffArea, batch: Batch) -> None:
+        core, epoch = self._core, area.superblock.epoch
+        for block, slot in zip(batch.blocks, batch.slots, strict=True):
+            if not core.points or block in core.preserved:
+                # A point was deleted meanwhile and with it the need for this copy.
+                area.slots.release([slot])
+            else:
+                area.index.add(block, epoch, slot)
+                core.preserved.add(block)
+
+    async def _settle(self, batch: Batch) -> None:
+        """After the flush, without `area_lock`: persist a fault, then wake the writers."""
+        if batch.error is not None:
+            if self._core.config.on_full == "evict":
+                try:
+                    await self._room.give_up_all(14, batch.error.message)
+                except FaultError as error:
+                    self._protection.mark(error)
+            await self._protection.persist()
+        for block in batch.blocks:
+            if self._on_the_way.get(block) is batch:
+                del self._on_the_way[block]
+        batch.done.set()
+
+    async def preserve_now(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Preserve `blocks` into reserved `slots` for a restore, with writes held. FaultError."""
+        batch = Batch()
+        batch.blocks, batch.slots = list(blocks), list(slots)
+        async with self._core.area_lock:
+            await self._flush(batch, 0, 0)
+        if batch.error is not None:
+            raise batch.error
+
+    def _copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """In a worker thread: read the old content, write the copies, one barrier for all."""
+        block: int | None = None
+        try:
+            staging = self._staging_area()
+            ordered = sorted(zip(blocks, slots, strict=True))
+            size, epoch = area.layout.block_size, area.superblock.epoch
+            at_once = max(1, len(staging) // size)
+            changes: dict[int, Descriptor | None] = {}
+            with memoryview(staging) as view:
+                for start in range(0, len(ordered), at_once):
+                    part = ordered[start : start + at_once]
+                    block = part[0][0]
+                    self._read_old([block for block, _ in part], view)
+                    for index, (block, slot) in enumerate(part):
+                        content = view[index * size : (index + 1) * size]
+                        changes[slot] = Descriptor(xxhash.xxh3_64_intdigest(content), block, epoch)
+                    area.write_copies([slot for _, slot in part], view[: len(part) * size])
+            block = None
+            area.barrier(changes)
+        except FaultError as error:
+            if error.block is None:
+                error.block = block if block is not None else min(blocks)
+            raise
+        except MemoryError as error:
+            raise FaultError(
+                FaultCode.MEMORY_ALLOCATION_FAILURE,
+                "there is no memory for the copy",
+                errno=errno.ENOMEM,
+                block=block,
+            ) from error
+        except Exception as error:
+            # Nobody planned for this. Whatever it was, the points must not pay for it.
+            raise FaultError(
+                FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block
+            ) from error
+
+    def _staging_area(self) -> mmap.mmap:
+        if self._staging is None:
+            try:
+                self._staging = mmap.mmap(-1, max(_STAGING, self._core.block_size))
+            except (OSError, ValueError) as error:
+                raise FaultError(
+                    FaultCode.MAPPED_MEMORY_FAILURE,
+                    f"the copy buffer could not be mapped: {error}",
+                    errno=errno.ENOMEM,
+                ) from error
+        return self._staging
+
+    def _read_old(self, blocks: Sequence[int], view: memoryview) -> None:
+        """Read `blocks` (ascending) one after the other into `view`, a short last one padded."""
+        core = self._core
+        size, start = core.block_size, 0
+        while start < len(blocks):
+            end = start + 1
+            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
+                end += 1
+            offset = blocks[start] * size
+            length = min((end - start) * size, core.size - offset)
+            try:
+                core.replica.read_into(offset, view[start * size : start * size + length])
+            except OSError as error:
+                raise FaultError(
+                    FaultCode.COW_READ_FAILURE,
+                    f"the old content of block {blocks[start]} could not be read: {error}",
+                    errno=error.errno or errno.EIO,
+                    block=blocks[start],
+                ) from error
+            rest = (end - start) * size - length
+            if rest:
+                view[start * size + length : end * size] = bytes(rest)
+            start = end
+
+    # -- the replica itself ---------------------------------------------------------------------
+
+    async def fill_holes(self, blocks: Iterable[int], offset: int, length: int) -> None:
+        """Make sure that writing `blocks` needs no new space from the host.
+
+        OSError (ENOSPC, EDQUOT, EIO): the replica's own trouble, no protection fault.
+        """
+        core = self._core
+        for first, last in _runs(blocks):
+            start = first * core.block_size
+            size = min((last + 1) * core.block_size, core.size) - start
+            try:
+                if core.replica.has_hole(start, size):
+                    await in_thread(core.replica.allocate, start, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    self._replica_error("allocate", offset, length, error)
+                    raise
+                # The host cannot reserve (said when the volume was created): the write must do.
+            for block in range(first, last + 1):
+                core.no_holes.add(block)
+
+    def _replica_error(self, what: str, offset: int, length: int, error: OSError) -> None:
+        self._core.log.log(
+            "vsnapfs",
+            1050,
+            volume=self._core.name,
+            what=what,
+            offset=offset,
+            length=length,
+            errno=error.errno,
+            reason=error.strerror or str(error),
+        )
+
+
+def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as (first, last) runs of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], block
+        else:
+            runs.append((block, block))
+    return runs
