@@ -290,6 +290,15 @@ def test_one_bad_volume_hides_no_other(backend: Backend, volume: Path, tmp_path:
     assert second == status_of(volume)
 
 
+def test_status_tells_of_a_dead_mount(backend: Backend, volume: Path, tmp_path: Path) -> None:
+    """A volume whose server has died is shown with the mountpoint that is left over."""
+    backend.answers["status"] = status_of(volume)
+    backend.mount(volume, tmp_path / "m", stale=True)
+    assert f"vsnapfs umount {tmp_path / 'm'}" in ok("status").stdout
+    (report,) = json.loads(ok("status", "--json").stdout)
+    assert report["dead_mount"] == str(tmp_path / "m")
+
+
 def test_a_fault_weighs_more_than_an_error(backend: Backend, volume: Path, tmp_path: Path) -> None:
     """With a faulted volume and one that cannot be looked at, the exit code is 3."""
     backend.answers["status"] = status_of(volume, state="offline", fault=fault())

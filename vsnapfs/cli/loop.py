@@ -64,7 +64,8 @@ def detach(volume: Path) -> None:
     if not devices:
         raise VsnapError(
             f"no loop device is attached to {shown(volume)}",
-            hint="`losetup --list` shows the loop devices of this machine.",
+            hint="`losetup --list` shows the loop devices of this machine; one whose mount is gone "
+            "is detached with `losetup --detach DEVICE`.",
             code="not-attached",
         )
     for device in devices:

@@ -10,7 +10,7 @@ from vsnapfs.cli import status_text
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import complain, note, print_facts, print_json, print_table
 from vsnapfs.cli.params import VolumeNameType, json_option
-from vsnapfs.cli.volumes import find_volume, mounted
+from vsnapfs.cli.volumes import find_mount, find_volume, mounted
 from vsnapfs.errors import VsnapError
 
 EXIT_ERROR = 1
@@ -52,6 +52,9 @@ def _report(name: str) -> dict[str, Any]:
     try:
         volume = find_volume(name)
         report: dict[str, Any] = client.call(volume, "status")
+        mount = find_mount(volume) if report.get("mountpoint") is None else None
+        if mount is not None and mount.stale:
+            report["dead_mount"] = str(mount.mountpoint)
         return report
     except VsnapError as error:
         return {"volume": name, "state": None, "fault": None, "error": error.to_json()}

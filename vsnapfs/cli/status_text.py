@@ -107,6 +107,10 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if status.get("restoring"):
         listed.append(("restoring", "yes: the replica cannot be opened until it is done"))
+    if status.get("dead_mount"):
+        place = status["dead_mount"]
+        remedy = f"to clean up: vsnapfs umount {typed(place)}"
+        listed.append(("dead mount", f"{shown(place)}: its process has died; {remedy}"))
     listed += [("trouble", str(status["trouble"]))] if status.get("trouble") else []
     listed += [("warning", str(text)) for text in status.get("warnings") or []]
     if status.get("consistent") is not None:
