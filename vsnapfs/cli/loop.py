@@ -42,6 +42,7 @@ def attach(volume: Path) -> None:
             f"{shown(volume)} is offline{why}",
             hint=f"`vsnapfs status {shown(volume)}` shows the way out; "
             f"then: vsnapfs online {shown(volume)}",
+            exit_code=3 if fault else 1,
             code="offline",
         )
     click.echo(mounts.attach_loop(mount.mountpoint / "replica.img"))
