@@ -115,8 +115,10 @@ def test_an_error_shows_message_and_hint_and_its_exit_code(backend: Backend, vol
     result = run("offline", volume)
     assert result.stderr == "vsnapfs: error: vol1 is busy\n  hint: Wait for it.\n"
     assert result.exit_code == 1
-    backend.answers["offline"] = VsnapError("odd", exit_code=9)
-    assert run("offline", volume).exit_code == 9
+    backend.answers["offline"] = VsnapError("This is odd.", exit_code=9)
+    result = run("offline", volume)
+    assert result.stderr == "vsnapfs: error: This is odd\n"
+    assert result.exit_code == 9
 
 
 def test_a_host_error_is_no_traceback(backend: Backend, volume: Path) -> None:
@@ -278,14 +280,22 @@ def test_a_mountpoint_names_its_volume(backend: Backend, volume: Path, tmp_path:
     assert backend.calls[-1][0] == volume
 
 
-def test_what_is_no_volume_is_told_apart(backend: Backend, tmp_path: Path) -> None:
-    """Nothing, an empty directory, a file and an empty name each get their own words."""
+def test_what_is_no_volume_is_told_apart(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, an empty directory, a file, an empty name, a locked one: each has its own words."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "dir").mkdir()
     refused(run("offline", tmp_path / "none"), "none", "No such file", "vsnapfs status")
     refused(run("offline", tmp_path / "dir"), "holds no volume.toml", "hint")
     refused(run("offline", tmp_path / "file"), "Not a directory", "vsnapfs inspect")
     refused(run("offline", ""), "empty", code=2)
+
+    def locked(directory: str) -> None:
+        raise VsnapError(f"{directory} is not a volume: Permission denied", errno=errno.EACCES)
+
+    monkeypatch.setattr(config, "load", locked)
+    refused(run("offline", tmp_path / "dir"), "Permission denied", "Try as root")
     assert backend.calls == []
 
 

@@ -110,7 +110,7 @@ def _click_words(error: click.ClickException) -> tuple[str, str]:
     message = message[:1].lower() + message[1:] if message[:2].istitle() else message
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     hint = f"See `{ctx.command_path} --help`." if ctx is not None else ""
-    return message.rstrip("."), hint
+    return message, hint
 
 
 def _os_words(error: OSError) -> tuple[str, str]:

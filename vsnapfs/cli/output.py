@@ -29,7 +29,10 @@ _PLAIN_EVERY = 10.0  # seconds between two lines of progress where there is no t
 
 def complain(message: str, hint: str = "") -> None:
     """An error: what happened, and what to do next."""
-    click.echo(f"vsnapfs: error: {clean(message)}", err=True)
+    text = clean(message)
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1]  # one form for all, whichever layer wrote it
+    click.echo(f"vsnapfs: error: {text}", err=True)
     if hint:
         click.echo(f"  hint: {clean(hint)}", err=True)
 

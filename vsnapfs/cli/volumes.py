@@ -6,6 +6,7 @@ that commands share. Changes nothing, opens no replica and no diff area.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ def find_volume(text: str) -> Path:
     try:
         config.load(absolute)
     except VsnapError as error:
-        error.hint = hint
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        error.hint = "Try as root, or as the user who owns it." if denied else hint
         raise
     return Path(os.path.realpath(absolute))  # it has appeared just now
 
