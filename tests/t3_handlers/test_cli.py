@@ -24,6 +24,7 @@ from cli_backend import MIB, POINTS, Backend, ok, refused, run, write_events
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsnapfs import config
 from vsnapfs.cli import output, params
 from vsnapfs.cli.app import app
 from vsnapfs.errors import BusyError, VsnapError
