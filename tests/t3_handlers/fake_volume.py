@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.events import EventLog
 

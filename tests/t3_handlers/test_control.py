@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 from fake_volume import FakeVolume
+
 from vsnapfs.daemon import control
 from vsnapfs.daemon.control import ControlServer
 from vsnapfs.daemon.operations import OPERATIONS
@@ -432,7 +433,7 @@ def test_at_the_end_looking_is_ended_and_changing_finishes(server: Running) -> N
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.server.finish_operations)
                 with trio.fail_after(5):
-                    while "verify" not in volume.ended:
+                    while "verify" not in volume.ended:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 assert "restore" not in volume.ended
                 assert volume.slow is not None

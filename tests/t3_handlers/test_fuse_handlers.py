@@ -13,6 +13,7 @@ import pytest
 import trio
 from fake_volume import FakeVolume, oserror
 from test_fuse_tree import run
+
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.fuse import VolumeOperations, tree
 from vsnapfs.fuse.translate import Translator
@@ -175,7 +176,7 @@ def test_fsync_answers_enodev_or_eio(
 def test_fsync_flushes_the_replica_and_closing_does_not_fail(
     volume: FakeVolume, handlers: VolumeOperations
 ) -> None:
-    """fsync reaches the volume; close succeeds even on a volume that has gone offline."""
+    """Fsync reaches the volume; close succeeds even on a volume that has gone offline."""
     fh = open_file(handlers, tree.REPLICA, os.O_RDWR)
     run(handlers.fsync(fh, datasync=False))
     assert volume.handles[0].flushed == 1
@@ -185,7 +186,7 @@ def test_fsync_flushes_the_replica_and_closing_does_not_fail(
 
 
 def test_fsync_of_anything_else_succeeds(handlers: VolumeOperations) -> None:
-    """fsync of a point, a live file or a directory has nothing to do and says so with success."""
+    """Fsync of a point, a live file or a directory has nothing to do and says so with success."""
     for inode in (POINT, tree.STATUS, tree.EVENTS):
         run(handlers.fsync(open_file(handlers, inode), datasync=False))
     run(handlers.fsyncdir(tree.ROOT, datasync=False))
@@ -307,7 +308,7 @@ def test_setting_the_size_it_has_is_accepted(
 @pytest.mark.parametrize("field", ["mode", "uid", "gid"])
 @pytest.mark.parametrize("inode", [tree.ROOT, tree.REPLICA, POINT, tree.STATUS])
 def test_modes_and_owners_are_fixed(handlers: VolumeOperations, inode: int, field: str) -> None:
-    """chmod and chown are refused everywhere."""
+    """Chmod and chown are refused everywhere."""
     answer = refusal(
         handlers.setattr(inode, SimpleNamespace(st_size=0), fields(**{field: True}), None, None)
     )
@@ -315,7 +316,7 @@ def test_modes_and_owners_are_fixed(handlers: VolumeOperations, inode: int, fiel
 
 
 def test_touching_the_replica_succeeds(handlers: VolumeOperations) -> None:
-    """utimens on the replica is accepted (tools do it in passing); a point's time is its own."""
+    """Utimens on the replica is accepted (tools do it in passing); a point's time is its own."""
     wanted = SimpleNamespace(st_size=0)
     touch = fields(mtime=True, atime=True)
     run(handlers.setattr(tree.REPLICA, wanted, touch, None, None))

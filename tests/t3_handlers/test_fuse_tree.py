@@ -14,6 +14,7 @@ import pyfuse3
 import pytest
 import trio
 from fake_volume import NOON, FakeVolume
+
 from vsnapfs.fuse import VolumeOperations, mount_options, tree
 
 
@@ -159,7 +160,7 @@ def test_reading_a_directory_goes_on_after_a_deletion(
 def test_readdir_stops_when_the_buffer_is_full(
     volume: FakeVolume, handlers: VolumeOperations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """readdir hands out entries until the kernel's buffer takes no more."""
+    """Readdir hands out entries until the kernel's buffer takes no more."""
     given: list[tuple[bytes, int]] = []
 
     def reply(token: Any, name: bytes, attr: Any, cookie: int) -> bool:

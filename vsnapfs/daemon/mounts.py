@@ -62,7 +62,7 @@ class Mount:
     @cached_property
     def stale(self) -> bool:
         """Whether the serving process has died. Asked once; a stuck server is not a dead one."""
-        return _errno_of_stat(self.mountpoint) in (errno.ENOTCONN, errno.ECONNABORTED)
+        return _errno_of_asking(self.mountpoint) in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def all_mounts() -> list[Mount]:
@@ -108,13 +108,16 @@ def _unescaped(field: bytes) -> str:
     return os.fsdecode(raw)
 
 
-def _errno_of_stat(path: Path) -> int:
-    """The errno of stat(path), 0 if it succeeds, ETIMEDOUT if the file system does not answer."""
+def _errno_of_asking(path: Path) -> int:
+    """The errno of statvfs(path), 0 if it succeeds, ETIMEDOUT if there is no answer.
+
+    Not stat, whose answer the kernel may still remember from a server that is dead by now.
+    """
     result = [errno.ETIMEDOUT]
 
     def look() -> None:
         try:
-            os.stat(path)
+            os.statvfs(path)
             result[0] = 0
         except OSError as error:
             result[0] = error.errno or errno.EIO

@@ -206,8 +206,7 @@ class VolumeOperations(pyfuse3.Operations):
         attr.st_nlink = 1
         attr.st_rdev = 0
         attr.st_blksize = self._volume.block_size
-        # Looked at on every walk along a path, and only their mtime ever changes.
-        attr.attr_timeout = 1.0 if inode in tree.DIRECTORIES else 0.0
+        attr.attr_timeout = 0.0
         attr.entry_timeout = _FOR_EVER if inode < tree.LATEST else 0.0
         size = 0
         moment = self._started_ns
