@@ -114,9 +114,9 @@ def _fault_text(fault: Fault | None) -> bytes:
     text = json.dumps(fault.to_json(), ensure_ascii=False).encode()
     if len(text) > _FAULT_MAX:
         # Only the free text and the path can be long; the numbers must survive.
-        short = replace(fault, message=fault.message[:200], diff_area=(fault.diff_area or "")[:500])
+        short = replace(fault, message=fault.message[:100], diff_area=(fault.diff_area or "")[:200])
         text = json.dumps(short.to_json(), ensure_ascii=False).encode()
-    return text[:_FAULT_MAX]
+    return text
 
 
 def decode(data: bytes | bytearray | memoryview) -> Superblock:

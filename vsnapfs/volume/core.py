@@ -1,9 +1,10 @@
 """What the parts of an open volume share: its files, its locks, its memory of what is preserved.
 
 Owns no behaviour of its own beyond the locks. The order in which they are taken, always outermost
-first, is: `admin_lock`, `grow_lock`, the write gate, `area_lock`.
+first, is: `admin_lock`, `shape_lock`, `grow_lock`, the write gate, `area_lock`.
 
 * `admin_lock`: one administrative operation at a time (create, delete, restore, resize, …).
+* `shape_lock`: what a verification walks over does not move or shrink under its feet.
 * `grow_lock`: growing and shrinking exclude each other.
 * `gate`: writes pass it; creating a point and restoring hold it and wait for those in flight.
 * `area_lock`: one caller at a time changes the diff area, its index or its slot map.
@@ -111,6 +112,7 @@ class Core:
     volume_id: bytes
     gate: WriteGate = field(default_factory=WriteGate)
     admin_lock: trio.Lock = field(default_factory=trio.Lock)
+    shape_lock: trio.Lock = field(default_factory=trio.Lock)
     grow_lock: trio.Lock = field(default_factory=trio.Lock)
     area_lock: trio.Lock = field(default_factory=trio.Lock)
     #: Blocks that need no copy now: they have one in the newest live point's epoch or later.

@@ -32,7 +32,9 @@ def check_label(label: str) -> None:
         reason = "it must not be empty or begin or end with a space"
     elif label.isdigit() or label in _WORDS:
         reason = "it must not be a number, 'latest' or 'oldest'"
-    elif "/" in label or any(unicodedata.category(c)[0] == "C" for c in label):
+    elif "/" in label or any(
+        unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp") for c in label
+    ):
         reason = "it must not contain '/' or control characters"
     elif len(label.encode(errors="surrogatepass")) > MAX_LABEL:
         reason = f"it must not be longer than {MAX_LABEL} bytes"

@@ -281,6 +281,7 @@ def log_fault(log: Log, name: str, fault: Fault) -> None:
         block=fault.block,
         offset=fault.offset,
         length=fault.length,
+        needed=fault.needed,
         used=fault.used,
         allocated=fault.allocated,
         maximum=fault.maximum,

@@ -38,7 +38,7 @@ class Resize:
         is given up; nothing has changed then.
         """
         core = self._core
-        async with core.admin_lock, core.grow_lock:
+        async with core.admin_lock, core.shape_lock, core.grow_lock:
             area = core.need_area()
             old = area.maximum
             check_maximum(area.layout, total)
@@ -99,22 +99,26 @@ class Resize:
             )
         if area.damaged_sectors:
             raise VsnapError(f"the diff area of volume {core.name} is damaged and cannot shrink")
-        area.slots.limit = target
         try:
-            # Writes that reserved slots above the limit finish first; later ones stay below.
-            async with core.gate.held(core.config.hold_timeout):
-                pass
-            await self._move_down(area, target, progress)
-            async with core.area_lock:
-                self._check_still_wanted(area)
-                area.slots.limit = None
-                await in_thread(area.cut, target, total)
+            with trio.CancelScope() as scope:
+                # A write that needs the space ends this at the next await, all of which lie
+                # between complete steps.
+                self._room.limit_slots(target, scope)
+                # Writes that reserved slots above the limit finish first; later ones stay below.
+                async with core.gate.held(core.config.hold_timeout):
+                    pass
+                await self._move_down(area, target, progress)
+                async with core.area_lock:
+                    area.slots.limit = None
+                    await in_thread(area.cut, target, total)
+            if scope.cancelled_caught:
+                raise self._gave_up()
         except trio.TooSlowError:
             raise VsnapError(
                 f"volume {core.name}: writes in flight took too long", errno=errno.ETIMEDOUT
             ) from None
         finally:
-            area.slots.limit = None
+            self._room.lift_limit()
 
     async def _move_down(self, area: DiffArea, target: int, progress: Progress) -> None:
         core = self._core
@@ -127,7 +131,6 @@ class Resize:
         todo = area.slots.taken_from(target)
         for start in range(0, len(todo), _AT_ONCE):
             async with core.area_lock:
-                self._check_still_wanted(area)
                 moves = []
                 # A point may have been deleted since: only what is still taken moves.
                 high = [
@@ -151,7 +154,6 @@ class Resize:
         # Descriptors of free slots above the limit would come back to life if the area grew
         # again: in the group that stays in part, they are cleared.
         async with core.area_lock:
-            self._check_still_wanted(area)
             stale = range(target, min(len(area.slots), area.layout.group_end(target)))
             await in_thread(area.clear_descriptors, stale)
 
@@ -160,10 +162,6 @@ class Resize:
             area.rollback()
         area.move_copies(moves)
         area.index.move([(block, epoch, new) for block, epoch, _, new in moves])
-
-    def _check_still_wanted(self, area: DiffArea) -> None:
-        if area.slots.limit is None:
-            raise self._gave_up()
 
     def _gave_up(self) -> VsnapError:
         return VsnapError(

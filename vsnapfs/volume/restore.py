@@ -60,7 +60,6 @@ class Restore:
                     "(what is open then gets ENODEV and must be opened anew).",
                 )
             protection.restoring = True
-            protection.session += 1
             try:
                 async with core.gate.held(core.config.hold_timeout):
                     return await self._restore(point.number, progress or no_progress)
@@ -110,6 +109,8 @@ class Restore:
                 errno=error.errno or errno.ENOSPC,
                 code="no-room",
             ) from error
+        # Nothing can refuse it any more: what was open until now is dead (forced), writes wait.
+        self._protection.session += 1
         try:
             async with core.area_lock:
                 await core.commit(restoring=number)

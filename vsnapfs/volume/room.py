@@ -28,6 +28,7 @@ class Room:
         self._growth_error: FaultError | None = None
         self._ahead_failed = False
         self._warned_of_limit = False
+        self._shrink: trio.CancelScope | None = None
         #: Slots that writers have reserved and whose copies are not in the index yet.
         self.promised: set[int] = set()
         self.remove_points: Callable[[list[int]], Awaitable[None]]
@@ -39,7 +40,7 @@ class Room:
         """Return when `count` slots may be free (look again). FaultError 8, 9, 10, 12, …"""
         area = self._core.need_area()
         if area.slots.limit is not None:
-            area.slots.limit = None  # Writes go before a shrink under way, which gives up.
+            self.lift_limit()  # Writes go before a shrink under way, which gives up.
             return
         try:
             await self._grow_for(count)
@@ -77,6 +78,18 @@ class Room:
         return FaultError(
             FaultCode.DIFF_AREA_FULL, f"the maximum of {maximum} is reached", errno=errno.ENOSPC
         )
+
+    def limit_slots(self, count: int, shrink: trio.CancelScope) -> None:
+        """Give out only slots below `count`, until a write needs more: that cancels `shrink`."""
+        self._core.need_area().slots.limit = count
+        self._shrink = shrink
+
+    def lift_limit(self) -> None:
+        """End of a shrink, done or given up."""
+        self._core.need_area().slots.limit = None
+        if self._shrink is not None:
+            self._shrink.cancel()
+            self._shrink = None
 
     def look_ahead(self) -> None:
         """Start growing if the free slots are running low. Never waits, never raises."""

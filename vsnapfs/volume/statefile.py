@@ -83,8 +83,8 @@ def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
         fields["fault"] |= {
-            "message": state.fault.message[:200],
-            "diff_area": (state.fault.diff_area or "")[:500],
+            "message": state.fault.message[:100],
+            "diff_area": (state.fault.diff_area or "")[:200],
         }
         text = json.dumps(fields, ensure_ascii=False).encode()
     buffer = bytearray(COPY_SIZE)

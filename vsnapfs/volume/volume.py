@@ -324,7 +324,8 @@ class Volume:
         """
         async with self.core.admin_lock:
             if give_up_recovery_points:
-                return await giveup.give_up_recovery_points(self)
+                async with self.core.shape_lock:
+                    return await giveup.give_up_recovery_points(self)
             if self.protection.is_online:
                 return [f"volume {self.core.name} is already online"]
             warnings = await self._bring_back()
@@ -381,7 +382,7 @@ class Volume:
     async def verify(self, progress: Progress | None = None) -> dict[str, Any]:
         """Check every structure and every copy. Repairs nothing. See `diffarea.verify`."""
         report = progress or no_progress
-        async with self.core.admin_lock:
+        async with self.core.shape_lock:
             area = self.core.need_area()
             run = await in_thread(
                 Verification, area, lambda: [point.number for point in self.core.points]

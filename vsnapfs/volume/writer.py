@@ -64,7 +64,7 @@ class Writer:
         core, protection, gate = self._core, self._protection, self._core.gate
         if not data:
             return
-        while gate.closed:
+        while gate.closed and session == protection.session:
             await gate.wait_open()
         if session != protection.session or not protection.is_online:
             raise await protection.refuse()
