@@ -497,9 +497,11 @@ class DiffArea:
         self.barrier(dict.fromkeys(slots))
 
     def cut(self, slots: int, maximum: int) -> None:
-        """Shrink to `slots` slots, none of those cut off in use, and to a new maximum."""
+        """Shrink to `slots` slots and to a new maximum; then the caller resizes `slots`.
+
+        None of the slots cut off is in use, or given out meanwhile.
+        """
         self.commit(allocated=self.layout.size_of(slots), maximum=maximum)
-        self.slots.resize(slots)
         # Sectors of groups that are gone must not be written from memory again.
         last = self.layout.groups_of(slots) * SECTORS_PER_GROUP
         self._sectors = {s: image for s, image in self._sectors.items() if s < last}

@@ -32,14 +32,17 @@ def check_label(label: str) -> None:
         reason = "it must not be empty or begin or end with a space"
     elif label.isdigit() or label in _WORDS:
         reason = "it must not be a number, 'latest' or 'oldest'"
-    elif "/" in label or any(
-        unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp") for c in label
-    ):
+    elif "/" in label or any(_is_control(character) for character in label):
         reason = "it must not contain '/' or control characters"
     elif len(label.encode(errors="surrogatepass")) > MAX_LABEL:
         reason = f"it must not be longer than {MAX_LABEL} bytes"
     if reason:
         raise UsageError(f"{label!r} cannot be a label: {reason}")
+
+
+def _is_control(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 class Points:

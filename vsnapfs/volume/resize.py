@@ -109,8 +109,10 @@ class Resize:
                     pass
                 await self._move_down(area, target, progress)
                 async with core.area_lock:
-                    area.slots.limit = None
+                    self._room.begin_cut()
                     await in_thread(area.cut, target, total)
+                    area.slots.resize(target)
+                    area.slots.limit = None
             if scope.cancelled_caught:
                 raise self._gave_up()
         except trio.TooSlowError:

@@ -40,7 +40,11 @@ class Room:
         """Return when `count` slots may be free (look again). FaultError 8, 9, 10, 12, …"""
         area = self._core.need_area()
         if area.slots.limit is not None:
-            self.lift_limit()  # Writes go before a shrink under way, which gives up.
+            if self._shrink is not None:
+                self.lift_limit()  # Writes go before a shrink under way, which gives up.
+            else:
+                async with self._core.area_lock:
+                    pass  # It is cutting already: the new size is here in a moment.
             return
         try:
             await self._grow_for(count)
@@ -83,6 +87,10 @@ class Room:
         """Give out only slots below `count`, until a write needs more: that cancels `shrink`."""
         self._core.need_area().slots.limit = count
         self._shrink = shrink
+
+    def begin_cut(self) -> None:
+        """The shrink can no longer be given up; the limit stays until it is done."""
+        self._shrink = None
 
     def lift_limit(self) -> None:
         """End of a shrink, done or given up."""
