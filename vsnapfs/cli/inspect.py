@@ -35,8 +35,10 @@ def inspect(file: Path, as_json: bool) -> None:
             hint=f"Try: vsnapfs inspect {inside}" if inside else "Name a diff area or state file.",
         )
     from vsnapfs.diffarea.inspect import inspect_file
+    from vsnapfs.volume.statefile import inspect_state, is_state
 
-    found: dict[str, Any] = inspect_file(Path(os.path.abspath(file)))
+    path = Path(os.path.abspath(file))
+    found: dict[str, Any] = inspect_state(path) if is_state(path) else inspect_file(path)
     if as_json:
         print_json(found)
     else:

@@ -111,8 +111,8 @@ async def _rp_restore(
     volume: Volume, progress: Progress, *, point: str | int, force: bool
 ) -> dict[str, Any]:
     found = volume.resolve(point)
-    await volume.restore(found.number, force=force, progress=progress)
-    return point_json(found)
+    written = await volume.restore(found.number, force=force, progress=progress)
+    return point_json(found) | {"written": written}
 
 
 async def _resize(volume: Volume, progress: Progress, *, total: int) -> dict[str, Any]:

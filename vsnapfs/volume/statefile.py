@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import struct
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -74,6 +76,37 @@ class StateFile:
         for copy in (0, 1):
             self.backing.write(copy * COPY_SIZE, data)
             self.backing.sync()
+
+
+def is_state(path: Path) -> bool:
+    """True if the file begins (or its second copy does) like a state file. False if unreadable."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(STATE_SIZE)
+    except OSError:
+        return False
+    return any(data[at : at + len(_MAGIC)] == _MAGIC for at in (0, COPY_SIZE))
+
+
+def inspect_state(path: Path) -> dict[str, Any]:
+    """Both copies of a state file, JSON-ready, for `vsnapfs inspect`. OSError."""
+    with path.open("rb") as file:
+        data = file.read(STATE_SIZE)
+    copies: list[dict[str, Any]] = []
+    for at in (0, COPY_SIZE):
+        copy = data[at : at + COPY_SIZE].ljust(COPY_SIZE, b"\0")
+        owner = _HEAD.unpack_from(copy)[3]
+        decoded = _decode(copy, owner)
+        if decoded is None:
+            copies.append({"offset": at, "valid": False})
+            continue
+        sequence, state = decoded
+        fields = vars(state) | {"fault": state.fault.to_json() if state.fault else None}
+        volume_id = str(uuid.UUID(bytes=owner))
+        copies.append(
+            {"offset": at, "valid": True, "volume_id": volume_id, "sequence": sequence} | fields
+        )
+    return {"path": str(path), "kind": "state", "format_version": _VERSION, "copies": copies}
 
 
 def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
