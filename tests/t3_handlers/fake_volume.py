@@ -208,6 +208,7 @@ class FakeVolume:
             "pid": os.getpid(),
             "mountpoint": None,
             "recovery_points": len(self.points),
+            "replica": {"path": str(self.directory / "replica.img"), "size": self.size},
             "diff_area": {
                 "path": "diff-area", "used": self.used, "allocated": self.used,
                 "maximum": self.maximum,

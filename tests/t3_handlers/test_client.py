@@ -266,3 +266,13 @@ def test_call_works_in_any_thread(tmp_path: Path, openings: Openings) -> None:
     thread.start()
     thread.join(10)
     assert results == [[]]
+
+
+def test_an_operation_ended_by_an_unmount_is_not_begun_again(
+    tmp_path: Path, openings: Openings
+) -> None:
+    """If the server ended an operation that it had begun, that is the answer."""
+    reply = b'{"accepted": "verify"}\n{"error": {"code": "closing", "message": "unmounting"}}\n'
+    with played(tmp_path, reply), pytest.raises(VsnapError, match="unmounting"):
+        client.call(tmp_path, "verify")
+    assert openings.volumes == []

@@ -348,6 +348,15 @@ def test_the_tree_itself_cannot_be_changed(handlers: VolumeOperations) -> None:
         assert refusal(call) == errno.EPERM
 
 
+@pytest.mark.expects_log
+def test_a_request_on_an_unknown_handle_is_answered(handlers: VolumeOperations) -> None:
+    """A handle that does not exist is an error of the request, not the end of the loop."""
+    assert refusal(handlers.read(999, 0, 1)) == errno.EIO
+    assert refusal(handlers.write(999, 0, b"x")) == errno.EIO
+    assert refusal(handlers.fsync(999, datasync=False)) == errno.EIO
+    run(handlers.release(999))
+
+
 def test_times_follow_writes(handlers: VolumeOperations) -> None:
     """The replica's mtime moves when it is written, so backup tools see the change."""
     before = run(handlers.getattr(tree.REPLICA, None)).st_mtime_ns

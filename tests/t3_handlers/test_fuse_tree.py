@@ -15,7 +15,7 @@ import pytest
 import trio
 from fake_volume import NOON, FakeVolume
 
-from vsnapfs.fuse import VolumeOperations, mount_options, tree
+from vsnapfs.fuse import VolumeOperations, live, mount_options, tree
 
 
 def run(awaitable: Awaitable[Any]) -> Any:
@@ -259,6 +259,19 @@ def test_events_log_grows_like_a_file(volume: FakeVolume) -> None:
     assert len(before + after) == grown.st_size
     assert after.count(b"\n") == 1
     assert run(handlers.read(info.fh, grown.st_size, 100)) == b""
+
+
+def test_events_log_of_a_long_history(volume: FakeVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the newest of many earlier events are rendered, and the first line says so."""
+    monkeypatch.setattr(live, "KEPT_EVENTS", 3)
+    for point in range(1, 6):
+        volume.log.log("vsnapfs", 1010, point=point)
+    handlers = VolumeOperations(volume)  # type: ignore[arg-type]
+    volume.log.log("vsnapfs", 1011, point=1)
+    info = run(handlers.open(tree.EVENTS, os.O_RDONLY, None))
+    first, *rest = bytes(run(handlers.read(info.fh, 0, 1 << 20))).decode().splitlines()
+    assert first == f"# 2 earlier events: vsnapfs events {volume.directory}"
+    assert len(rest) == 4
 
 
 def test_events_log_in_japanese(volume: FakeVolume) -> None:

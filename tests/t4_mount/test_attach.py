@@ -186,7 +186,7 @@ print("all well")
 
 def python_for_users() -> str:
     """A Python that an ordinary user can run with our packages: not one that lies below /root."""
-    # Started once more by itself, as a server is: setpriv still has root's rights when it starts it.
+    # Started once more by itself, as a server is: setpriv starts it with root's rights still.
     again = "import numpy, pyfuse3, trio, xxhash, vsnapfs.volume"
     probe = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {again!r}]))"
     for python in (sys.executable, "/usr/bin/python3"):

@@ -135,8 +135,8 @@ def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | 
                         return answer["result"]
                     if "error" in answer:
                         error = VsnapError.from_json(answer["error"])
-                        if error.code == "closing":
-                            raise _NotServed  # it was not begun
+                        if error.code == "closing" and not accepted:
+                            raise _NotServed
                         raise error
                     accepted = accepted or "accepted" in answer
                     if progress is not None and answer.get("progress"):

@@ -1,7 +1,8 @@
 """The contents of status.json and events.log, as they are at this moment.
 
 Promises: status.json is one whole, valid JSON object for each opening, however it is read;
-events.log only grows while mounted, and rendering costs only the events that are new.
+events.log only grows while mounted, and rendering costs only the events that are new. Of a long
+history it starts with the newest events and says so: a mount must not wait for years of log.
 
 Leaves the status' keys to the volume and an event's sentence to `events`.
 """
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from vsnapfs.config import shown
 from vsnapfs.errors import VsnapError
 from vsnapfs.events import Event, render_text
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from vsnapfs.volume import Volume
 
 _logger = logging.getLogger("vsnapfs.fuse")
+
+KEPT_EVENTS = 5000
+"""How many events from before the mount events.log shows; about 50 µs and 600 bytes each."""
 
 
 class Snapshot:
@@ -67,7 +72,12 @@ class EventsFile:
         # by the handlers, so that rendering is never done under the hands of the writer.
         self._pending: deque[Event] = deque()
         try:
-            self._pending.extend(volume.log.events())
+            earlier = volume.log.events()
+            if len(earlier) > KEPT_EVENTS:
+                left_out = len(earlier) - KEPT_EVENTS
+                line = f"# {left_out} earlier events: vsnapfs events {shown(volume.directory)}\n"
+                self._text += line.encode("utf-8", "surrogateescape")
+            self._pending.extend(earlier[-KEPT_EVENTS:])
         except VsnapError as error:  # a log that cannot be read must not keep a volume down
             _logger.warning("events.log shows no earlier events: %s", error)
         volume.log.subscribe(self._pending.append)

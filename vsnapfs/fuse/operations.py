@@ -66,12 +66,19 @@ class VolumeOperations(pyfuse3.Operations):
         self._uid = os.geteuid()
         self._gid = os.getegid()
         self._started_ns = time.time_ns()
-        self._written_ns = self._started_ns
+        self._written_ns = self._last_written()
         self._handles: dict[int, _Handle] = {}
         # File handle numbers are never used twice, so a late request cannot meet another's file.
         self._next_fh = 1
         # Handles whose length is the volume's, i.e. whose short reads would be a defect.
         self._images: set[int] = set()
+
+    def _last_written(self) -> int:
+        """When the replica was written last before this mount, as far as its file tells."""
+        try:
+            return os.stat(self._volume.status()["replica"]["path"]).st_mtime_ns
+        except OSError:
+            return self._started_ns
 
     # ---- the two that carry the load -------------------------------------------------------
 
