@@ -196,6 +196,10 @@ class DiffArea:
         self._generations = {wanted.generation}
         self.superblock = wanted
 
+    def know_generations(self, generations: Iterable[int]) -> None:
+        """Generations found on disk at open, in either copy: finding them again is no surprise."""
+        self._generations.update(generations)
+
     def check_present(self) -> None:
         """FaultError 14 if the path no longer leads to this area."""
         try:

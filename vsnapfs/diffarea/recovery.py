@@ -63,6 +63,15 @@ class Report:
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
     """The newest valid superblock, and what was wrong with the other copy, if anything.
 
+    FormatError as `read_superblocks`.
+    """
+    found, notes = read_superblocks(backing)
+    return found[0], notes
+
+
+def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
+    """The one or two valid superblocks, newest first, and what was wrong with a copy, if anything.
+
     FormatError if there is none; its `code` tells a foreign file ("not-a-diff-area",
     "foreign-version", "truncated") from a rotted one ("checksum", "inconsistent").
     """
@@ -82,11 +91,11 @@ def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
         order = ("foreign-version", "checksum", "inconsistent", "format", "not-a-diff-area")
         worst = min(errors, key=lambda error: order.index(error.code))
         raise FormatError(f"{backing.path}: {worst.message}", hint=worst.hint, code=worst.code)
-    newest = max(found, key=lambda superblock: superblock.generation)
+    found.sort(key=lambda superblock: superblock.generation, reverse=True)
     notes = [f"superblock copy: {error.message}" for error in errors]
     if len(found) == 2 and found[0].generation != found[1].generation:
         notes.append("superblock copy: one generation behind")
-    return newest, notes
+    return found, notes
 
 
 def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[DiffArea, Report]:
@@ -97,14 +106,18 @@ def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[Dif
     `DiffArea.damaged_sectors` and in the report's `problems`.
     """
     try:
-        superblock, notes = read_superblock(backing)
+        found, notes = read_superblocks(backing)
+        superblock = found[0]
         if superblock.volume_id != volume_id:
             raise FormatError(
                 f"{backing.path} is the diff area of another volume",
                 hint="Check 'diff_area' in volume.toml.",
                 code="other-volume",
             )
-        return _Scan(backing, replica, superblock, notes).run()
+        scan = _Scan(backing, replica, superblock, notes)
+        # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
+        scan.area.know_generations(copy.generation for copy in found)
+        return scan.run()
     except OSError as error:
         raise FaultError(
             FaultCode.IO_FAILURE_DURING_ONLINE,
