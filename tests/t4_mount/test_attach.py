@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_mount import MIB, Box, alive, wait_for
+from box import MIB, Box, alive, wait_for
 
 from vsnapfs.daemon import mounts
 from vsnapfs.errors import BusyError, VsnapError

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_mount import MIB, Box, alive, wait_for
+from box import MIB, Box, alive, wait_for
 
 from vsnapfs.daemon import client, mounts
 from vsnapfs.errors import VsnapError

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vsnapfs.config import shown
+from vsnapfs.config import VolumePaths, shown
 from vsnapfs.daemon.control import encode, open_directory, socket_address
 from vsnapfs.daemon.operations import OPERATIONS, Progress
 from vsnapfs.daemon.process import run_trio
@@ -72,7 +72,7 @@ def call(
             return _do(folder, op, params, progress)
         except _Locked as locked:
             if time.monotonic() > give_up:
-                raise locked.reason from None
+                raise with_holder(locked.reason, folder) from None
         time.sleep(0.1)
 
 
@@ -88,6 +88,22 @@ def server_pid(directory: str | os.PathLike[str]) -> int | None:
             return _peer_pid(connection)
     except (_NotServed, VsnapError):
         return None
+
+
+def with_holder(error: VsnapError, folder: Path) -> VsnapError:
+    """The error of a lock that is taken, saying which process has it if the kernel tells."""
+    try:
+        wanted = os.stat(VolumePaths(folder).replica)
+        lines = Path("/proc/locks").read_text().splitlines()
+    except (OSError, VsnapError):
+        return error
+    device = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+    for line in lines:  # "1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF"
+        fields = line.split()
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == device:
+            error.hint = f"Process {fields[4]} has it. {error.hint}".strip()
+            break
+    return error
 
 
 # ---- through the socket -------------------------------------------------------------------------

@@ -85,7 +85,7 @@ async def open_volume(plan: Plan, *, accept_changed_replica: bool) -> Volume:
                     f"{shown(plan.directory)} is served by process {pid} already{where}"
                 ) from error
             if trio.current_time() > give_up:
-                raise
+                raise client.with_holder(error, plan.directory) from None
         await trio.sleep(0.1)
 
 
