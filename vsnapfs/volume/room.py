@@ -151,18 +151,35 @@ class Room:
                 async with core.grow_lock:
                     await self._grow_towards(target, needed)
         except FaultError as error:
-            self._growth_error = error
-            self._ahead_failed = True
-            area = core.need_area()
-            if area.slots.free:
-                self._log(24, area.maximum, error.message)
+            self._growth_failed(error)
+        except MemoryError:
+            self._growth_failed(
+                FaultError(
+                    FaultCode.MEMORY_ALLOCATION_FAILURE,
+                    "there is no memory to grow the diff area",
+                    errno=errno.ENOMEM,
+                )
+            )
         finally:
             self._growing = None
             done.set()
 
+    def _growth_failed(self, error: FaultError) -> None:
+        self._growth_error = error
+        if error.code is FaultCode.DIFF_AREA_FULL:
+            return  # A resize has lowered the maximum meanwhile: nothing has failed.
+        self._ahead_failed = True
+        area = self._core.need_area()
+        if area.slots.free:
+            self._log(24, area.maximum, error.message)
+
     async def _grow_towards(self, target: int, needed: int) -> None:
         core = self._core
         area = core.need_area()
+        # The maximum may have been lowered since `target` was chosen: beyond it nothing is valid.
+        target = min(target, area.layout.slots_in(area.maximum))
+        if target < len(area.slots) + needed:
+            raise self.full()
         least = area.layout.valid_slots(len(area.slots) + needed)
         while target > len(area.slots):
             try:
