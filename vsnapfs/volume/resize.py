@@ -88,6 +88,8 @@ class Resize:
 
     async def _shrink(self, area: DiffArea, total: int, progress: Progress) -> None:
         core = self._core
+        # Moving writes descriptors: a crash from here on is an unclean stop, and checked as one.
+        await core.mark_in_use()
         target = area.layout.slots_in(total)
         if area.slots.in_use > target:
             raise UsageError(
@@ -109,6 +111,7 @@ class Resize:
                     pass
                 await self._move_down(area, target, progress)
                 async with core.area_lock:
+                    self._check_still_wanted(area)
                     self._room.begin_cut()
                     await in_thread(area.cut, target, total)
                     area.slots.resize(target)
@@ -124,7 +127,8 @@ class Resize:
 
     async def _move_down(self, area: DiffArea, target: int, progress: Progress) -> None:
         core = self._core
-        blocks, epochs, slots = await in_thread(area.index.everything)
+        async with core.area_lock:
+            blocks, epochs, slots = await in_thread(area.index.everything)
         where = {
             int(slot): (int(block), int(epoch))
             for block, epoch, slot in zip(blocks, epochs, slots, strict=True)
@@ -133,6 +137,7 @@ class Resize:
         todo = area.slots.taken_from(target)
         for start in range(0, len(todo), _AT_ONCE):
             async with core.area_lock:
+                self._check_still_wanted(area)
                 moves = []
                 # A point may have been deleted since: only what is still taken moves.
                 high = [
@@ -156,6 +161,7 @@ class Resize:
         # Descriptors of free slots above the limit would come back to life if the area grew
         # again: in the group that stays in part, they are cleared.
         async with core.area_lock:
+            self._check_still_wanted(area)
             stale = range(target, min(len(area.slots), area.layout.group_end(target)))
             await in_thread(area.clear_descriptors, stale)
 
@@ -164,6 +170,11 @@ class Resize:
             area.rollback()
         area.move_copies(moves)
         area.index.move([(block, epoch, new) for block, epoch, _, new in moves])
+
+    def _check_still_wanted(self, area: DiffArea) -> None:
+        # Cancelling does not reach a task that has been given the lock but has not run yet.
+        if area.slots.limit is None:
+            raise self._gave_up()
 
     def _gave_up(self) -> VsnapError:
         return VsnapError(

@@ -384,9 +384,10 @@ class Volume:
         report = progress or no_progress
         async with self.core.shape_lock:
             area = self.core.need_area()
-            run = await in_thread(
-                Verification, area, lambda: [point.number for point in self.core.points]
-            )
+            async with self.core.area_lock:  # It walks the index, to which writes add.
+                run = await in_thread(
+                    Verification, area, lambda: [point.number for point in self.core.points]
+                )
             for step in run.steps():
                 async with self.core.area_lock:
                     await in_thread(step)
