@@ -72,6 +72,9 @@ class DiffArea:
         self._suspects: dict[int, SectorImage] = {}
         self._sync_lock = threading.Lock()
         self._sync_failed = False
+        self._failed_syncs = 0
+        #: A commit failed half way: one copy on disk may say what `superblock` does not.
+        self.in_doubt = False
         self._formatting = False
 
     @classmethod
@@ -182,7 +185,13 @@ class DiffArea:
             barrier=self.barrier_number,
         )
         data = wanted.encode()
+        try:
+            decode(data)
+        except FormatError as error:
+            # Better no commit than one that no opening accepts.
+            raise FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error}") from error
         self._generations.add(wanted.generation)
+        self.in_doubt = True
         try:
             for offset in SUPERBLOCK_OFFSETS:
                 self.backing.write(offset, data)
@@ -194,6 +203,7 @@ class DiffArea:
                 errno=error.errno or errno.EIO,
             ) from error
         self._generations = {wanted.generation}
+        self.in_doubt = False
         self.superblock = wanted
 
     def know_generations(self, generations: Iterable[int]) -> None:
@@ -211,17 +221,14 @@ class DiffArea:
 
     def _check_not_overtaken(self) -> None:
         seen = []
+        problem: OSError | None = None
         for offset in SUPERBLOCK_OFFSETS:
             try:
                 seen.append(decode(self.backing.read(offset, SUPERBLOCK_SIZE)))
             except OSError as error:
-                raise FaultError(
-                    FaultCode.IO_FAILURE,
-                    f"the superblock could not be read: {error}",
-                    errno=error.errno or errno.EIO,
-                ) from error
+                problem = error
             except FormatError:
-                continue  # One rotted copy: the write to come heals it.
+                continue  # One bad copy: the write to come heals it.
         if self._formatting:
             return
         for found in seen:
@@ -234,6 +241,12 @@ class DiffArea:
                     f"the diff area is at generation {found.generation}, "
                     f"this server wrote {max(self._generations)}",
                 )
+        if not seen and problem is not None:
+            raise FaultError(
+                FaultCode.IO_FAILURE,
+                f"the superblock could not be read: {problem}",
+                errno=problem.errno or errno.EIO,
+            ) from problem
         if not seen:
             raise FaultError(
                 FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "both superblocks have been overwritten"
@@ -249,6 +262,7 @@ class DiffArea:
                 self.backing.sync()
             except OSError:
                 self._sync_failed = True
+                self._failed_syncs += 1
                 raise
 
     # -- preserving -----------------------------------------------------------------------------
@@ -280,11 +294,16 @@ class DiffArea:
         """Record what slots hold (None: nothing any more) and make all of it durable.
 
         changes: slot → descriptor; the blocks were written with `write_copies`. FaultError 7
-        (write or sync failed: nothing of it counts), 14, 3 (a sector cannot be read).
+        (write or sync failed: nothing of it counts), 14, 3 (a sector cannot be read), 13 or 15
+        (an earlier commit failed, and this one too).
         """
         self.check_present()
         if self._suspects:
             raise FaultError(FaultCode.COW_WRITE_FAILURE, "an earlier barrier has failed")
+        if self.in_doubt:
+            # The copy that may have reached the disk could leave out what is recorded here
+            # (a smaller area, a deleted point).
+            self.commit()
         number = self.barrier_number + 1
         grouped: dict[int, list[tuple[int, Descriptor | None]]] = {}
         for slot, descriptor in changes.items():
@@ -438,14 +457,17 @@ class DiffArea:
         Touches nothing that is in use and may run beside barriers. `commit_growth` makes it
         count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space).
         """
-        size = self.layout.size_of(slots)
+        size, failed_syncs = self.layout.size_of(slots), self._failed_syncs
         try:
             self.backing.allocate(self.allocated, size - self.allocated)
             old_groups = self.layout.groups_of(len(self.slots))
             self._write_tables(old_groups, self.layout.groups_of(slots))
             self._sync()
+            if self._failed_syncs != failed_syncs:
+                # A barrier's sync, failed and rolled back meanwhile, may have lost the tables.
+                raise OSError(errno.EIO, "another sync of the diff area failed meanwhile")
         except OSError as error:
-            self._undo_growth()
+            self.trim()
             unsupported = error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
             raise FaultError(
                 FaultCode.FILE_SYSTEM_FAILURE if unsupported else FaultCode.GROW_FAILED,
@@ -453,10 +475,12 @@ class DiffArea:
                 errno=error.errno or errno.EIO,
             ) from error
 
-    def _undo_growth(self) -> None:
-        # fallocate may have kept a part. Giving it back is a courtesy: the superblock's
-        # `allocated` is what counts, and the next open truncates to it.
-        if not self.backing.is_device:
+    def trim(self) -> None:
+        """Give the host back what lies beyond `allocated` (a growth or shrink that ended early).
+
+        A courtesy: the superblock is what counts. Not while one copy of it may say more.
+        """
+        if not self.backing.is_device and not self.in_doubt:
             try:
                 self.backing.truncate(self.allocated)
             except OSError:
@@ -509,7 +533,7 @@ class DiffArea:
         # Sectors of groups that are gone must not be written from memory again.
         last = self.layout.groups_of(slots) * SECTORS_PER_GROUP
         self._sectors = {s: image for s, image in self._sectors.items() if s < last}
-        self._undo_growth()
+        self.trim()
 
     def heal(self, sectors: Mapping[int, SectorImage]) -> None:
         """Write both copies of sectors exactly as they are (already sealed), durably."""

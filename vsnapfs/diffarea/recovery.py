@@ -73,7 +73,8 @@ def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
     """The one or two valid superblocks, newest first, and what was wrong with a copy, if anything.
 
     FormatError if there is none; its `code` tells a foreign file ("not-a-diff-area",
-    "foreign-version", "truncated") from a rotted one ("checksum", "inconsistent").
+    "foreign-version", "truncated") from a rotted one ("checksum", "inconsistent"). OSError if
+    there is none and a copy could not be read.
     """
     if backing.size() < HEADER_SIZE:
         raise FormatError(
@@ -81,11 +82,16 @@ def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
         )
     found: list[Superblock] = []
     errors: list[FormatError] = []
+    unreadable: OSError | None = None
     for offset in SUPERBLOCK_OFFSETS:
         try:
             found.append(decode(backing.read(offset, SUPERBLOCK_SIZE)))
         except FormatError as error:
             errors.append(error)
+        except OSError as error:
+            unreadable = error
+    if not found and unreadable is not None:
+        raise unreadable
     if not found:
         # The most telling error: a rotted superblock says more than one that is not there.
         order = ("foreign-version", "checksum", "inconsistent", "format", "not-a-diff-area")
@@ -93,6 +99,8 @@ def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
         raise FormatError(f"{backing.path}: {worst.message}", hint=worst.hint, code=worst.code)
     found.sort(key=lambda superblock: superblock.generation, reverse=True)
     notes = [f"superblock copy: {error.message}" for error in errors]
+    if unreadable is not None:
+        notes.append(f"superblock copy: it could not be read ({unreadable.strerror})")
     if len(found) == 2 and found[0].generation != found[1].generation:
         notes.append("superblock copy: one generation behind")
     return found, notes
@@ -276,8 +284,12 @@ class _Scan:
             if self._hash_of_slot(slot) == wanted:
                 self.report.kept += 1
                 continue
-            twin = (blocks == block) & (epochs == epoch) & keep
-            if int(twin.sum()) > 1 or self._hash_of_replica(block) == wanted:
+            same = (blocks == block) & keep
+            twin = same & (epochs == epoch)
+            # With a copy in a later epoch (this one was being moved) a reader would not fall
+            # through to the replica, whatever that holds.
+            last = not (same & (epochs > epoch)).any()
+            if int(twin.sum()) > 1 or (last and self._hash_of_replica(block) == wanted):
                 keep[where] = False
                 self.report.dropped += 1
                 self._clear(slot, tables)
