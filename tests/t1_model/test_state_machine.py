@@ -1,0 +1,508 @@
+"""The engine against a plain model: any sequence of operations, crashes and power failures.
+
+The model is a bytearray for the replica, a dictionary for the recovery points, and for each
+512-byte sector the set of contents that a power failure may leave. After every step all points
+and the whole replica are compared and the engine checks itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import trio
+from hypothesis import Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from rig import (
+    BLOCK,
+    SMALLEST,
+    Rig,
+    attempt,
+    flush,
+    pattern,
+    raw_replica,
+    read_points,
+    read_replica,
+    small_steps,
+    tear,
+    write,
+)
+from simdisk import PowerLoss, by_dice, everything_kept, nothing_kept
+
+from vsnapfs.errors import FaultCode, VsnapError
+from vsnapfs.volume import Volume
+
+MAX_POINTS_HERE = 9
+SIZES = (12 * BLOCK + 1000, 20 * BLOCK, 9 * BLOCK + 1, 17 * BLOCK - 512, 3)
+
+fractions = st.integers(0, (1 << 16) - 1)
+lengths = st.one_of(
+    st.sampled_from([1, 511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7]),
+    st.integers(1, 6 * BLOCK),
+)
+
+
+class Model:
+    """What must be there."""
+
+    def __init__(self, size: int) -> None:
+        self.content = bytearray(size)
+        self.points: dict[int, bytes] = {}
+        self.newest = 0
+        self.offline = False
+        self.fault: int | None = None
+        #: sector → what a power failure may leave there besides the present content.
+        self.unsynced: dict[int, set[bytes]] = {}
+
+    def sector(self, number: int) -> bytes:
+        return bytes(self.content[number * 512 : (number + 1) * 512])
+
+    def about_to_write(self, offset: int, data: bytes) -> None:
+        """From now on a power failure may leave the old or the new content in each sector."""
+        for number, part in tear(offset, data):
+            start = max(offset - number * 512, 0)
+            known = self.unsynced.setdefault(number, set())
+            known.add(self.sector(number))
+            # Others in flight may share the sector, so each of them may come before this one.
+            known |= {old[:start] + part + old[start + len(part) :] for old in known}
+
+    def written(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    def synced(self) -> None:
+        self.unsynced = {}
+
+    def accept(self, actual: bytes) -> None:
+        """After a power failure: every sector is one of those that may be there."""
+        assert len(actual) == len(self.content)
+        for number in range(-(-len(actual) // 512)):
+            found = actual[number * 512 : (number + 1) * 512]
+            if found != self.sector(number):
+                assert found in self.unsynced.get(number, ()), f"sector {number}: {found[:32]!r}"
+        self.content = bytearray(actual)
+        self.synced()
+
+
+class InFlight:
+    """What an operation that was interrupted may have done."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+        self.created = False
+        self.deleted: set[int] = set()
+        self.restoring: int | None = None
+        self.switches = False
+
+
+class VolumeMachine(RuleBasedStateMachine):
+    """See the module's note."""
+
+    policy = "offline"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(small_steps())
+        self.rig: Rig
+        self.counter = 0
+        self.flight = InFlight()
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    @initialize(
+        size=st.sampled_from(SIZES),
+        extra=st.sampled_from([0, 1, 9, 40, 200]),
+        tight=st.sampled_from([None, None, 0, 12, 30]),
+        device=st.booleans(),
+        seed=st.integers(0, 1 << 20),
+    )
+    def make(self, size: int, extra: int, tight: int | None, device: bool, seed: int) -> None:
+        self.rig = Rig(
+            size=size,
+            maximum=SMALLEST + extra * BLOCK,
+            on_full=self.policy,
+            area_is_device=device,
+            seed=seed * 1000,
+        )
+        self.model = Model(size)
+        self.tight = tight is not None
+        if tight is not None:
+            # The host is (nearly) full: growing fails, and so may writes into holes.
+            host = self.rig.host
+            host.capacity = host.capacity - host.free() + tight * BLOCK
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def fresh(self, length: int) -> bytes:
+        self.counter += 1
+        return pattern(self.counter, length)
+
+    def place(self, at: int, length: int) -> tuple[int, int]:
+        """An offset and a length within the replica, often at its end."""
+        size = len(self.model.content)
+        offset = min(size - 1, at * (size + BLOCK) // (1 << 16))
+        return offset, max(1, min(length, size - offset))
+
+    def point(self, which: int) -> int:
+        numbers = sorted(self.model.points)
+        return numbers[which * len(numbers) >> 16]
+
+    def after(self, volume: Volume) -> None:
+        """What the volume says of itself becomes the model's state; faults must be plausible."""
+        protection = volume.protection
+        if not protection.is_online and not self.model.offline:
+            fault = protection.fault
+            assert fault is not None
+            allowed = {FaultCode.DIFF_AREA_FULL}
+            if self.tight:
+                allowed.add(FaultCode.GROW_FAILED)
+            assert fault.code in allowed, fault
+            assert self.policy == "offline"
+            assert fault.used is not None
+            assert fault.used <= fault.allocated <= fault.maximum
+            self.model.offline, self.model.fault = True, int(fault.code)
+
+    def lost(self, volume: Volume) -> None:
+        """Policy evict: points may have gone, the oldest first, and the log says which."""
+        live = [point.number for point in volume.points]
+        gone = [number for number in self.model.points if number not in live]
+        if gone:
+            assert self.policy == "evict"
+            assert not live or max(gone) < min(live)
+            logged = [
+                params["point"] for _, number, params in self.rig.log.events if number in (33, 35)
+            ]
+            assert set(gone) <= set(logged)
+            for number in gone:
+                del self.model.points[number]
+
+    # -- data -------------------------------------------------------------------------------------
+
+    async def do_write(self, volume: Volume, offset: int, data: bytes) -> None:
+        """One write, and what it may legally answer."""
+        self.flight.writes.append((offset, data))
+        self.model.about_to_write(offset, data)
+        error = await attempt(write(volume, offset, data))
+        if error is None:
+            assert not self.model.offline
+            self.model.written(offset, data)
+        elif error.errno == errno.ENOSPC:
+            assert self.tight
+        else:
+            assert error.errno == errno.ENODEV
+            assert not volume.protection.is_online
+        self.flight.writes.remove((offset, data))
+
+    @rule(at=fractions, length=lengths)
+    def write_one(self, at: int, length: int) -> None:
+        offset, length = self.place(at, length)
+        self.perform(self.do_write, offset, self.fresh(length))
+
+    @rule(cuts=st.lists(fractions, min_size=3, max_size=6, unique=True), gaps=st.integers(0, 63))
+    def write_several_at_once(self, cuts: list[int], gaps: int) -> None:
+        """Neighbouring writes, several of them in one block, all in flight together."""
+        size = len(self.model.content)
+        bounds = sorted({cut * size >> 16 for cut in cuts} | {size})
+        jobs = [
+            (start, self.fresh(end - start))
+            for number, (start, end) in enumerate(itertools.pairwise(bounds))
+            if not gaps >> number & 1
+        ]
+
+        async def all_of_them(volume: Volume) -> None:
+            async with trio.open_nursery() as nursery:
+                for offset, data in jobs:
+                    nursery.start_soon(self.do_write, volume, offset, data)
+
+        self.perform(all_of_them)
+
+    @rule(at=fractions, length=lengths)
+    def read_part(self, at: int, length: int) -> None:
+        offset, length = self.place(at, length)
+
+        async def read(volume: Volume) -> None:
+            if not self.model.offline:
+                handle = volume.open_replica()
+                found = bytes(await handle.read(offset, length + 5))
+                assert found == self.model.content[offset : offset + length + 5]
+                handle.close()
+            for number, content in self.model.points.items():
+                point = volume.open_point(number)
+                found = bytes(await point.read(offset, length + 5))
+                assert found == content[offset : offset + length + 5]
+                point.close()
+
+        self.perform(read)
+
+    @rule()
+    def flush(self) -> None:
+        async def do(volume: Volume) -> None:
+            error = await attempt(flush(volume))
+            assert (error is not None) == self.model.offline
+            if error is None:
+                self.model.synced()
+            else:
+                assert error.errno == errno.ENODEV
+
+        self.perform(do)
+
+    # -- administration ---------------------------------------------------------------------------
+
+    async def do_create(self, volume: Volume) -> None:
+        self.flight.created = True
+        error = await attempt(volume.create_point())
+        assert (error is not None) == self.model.offline
+        if error is None:
+            newest = volume.points[-1].number
+            assert newest == self.model.newest + 1
+            self.model.newest = newest
+            self.model.points[newest] = bytes(self.model.content)
+            self.model.synced()
+        else:
+            assert isinstance(error, VsnapError)
+            assert error.code == "offline"
+        self.flight.created = False
+
+    @precondition(lambda self: len(self.model.points) < MAX_POINTS_HERE)
+    @rule()
+    def create(self) -> None:
+        self.perform(self.do_create)
+
+    async def do_delete(self, volume: Volume, number: int) -> None:
+        self.flight.deleted = {number}
+        await volume.delete_point(number)
+        self.model.points.pop(number)
+        self.flight.deleted = set()
+
+    @precondition(lambda self: self.model.points)
+    @rule(which=fractions)
+    def delete(self, which: int) -> None:
+        self.perform(self.do_delete, self.point(which))
+
+    async def do_restore(self, volume: Volume, number: int) -> None:
+        self.flight.restoring = number
+        error = await attempt(volume.restore(number))
+        self.flight.restoring = None
+        if error is not None:
+            # Refused before anything has changed: offline, or no room for what it overwrites.
+            assert self.model.offline or error.errno == errno.ENOSPC
+        else:
+            assert not self.model.offline
+            self.model.content = bytearray(self.model.points[number])
+            self.model.synced()
+
+    @precondition(lambda self: self.model.points)
+    @rule(which=fractions)
+    def restore(self, which: int) -> None:
+        self.perform(self.do_restore, self.point(which))
+
+    async def do_resize(self, volume: Volume, slots: int) -> None:
+        area = volume.core.need_area()
+        before, total = area.maximum, SMALLEST + slots * BLOCK
+        error = await attempt(volume.resize(total))
+        if error is None:
+            assert area.maximum == total
+            assert area.allocated <= total
+        else:
+            assert area.maximum == before
+            too_small = area.layout.slots_in(total) < area.slots.in_use
+            backing = area.backing
+            assert too_small or (backing.is_device and total > backing.size())
+
+    @rule(slots=st.sampled_from([0, 1, 5, 20, 70, 300]))
+    def resize(self, slots: int) -> None:
+        self.perform(self.do_resize, slots)
+
+    @rule()
+    def resize_to_what_is_used(self) -> None:
+        """The smallest total that resize itself names is possible."""
+
+        async def do(volume: Volume) -> None:
+            area = volume.core.need_area()
+            least = area.minimum_for_used
+            await volume.resize(least)
+            assert area.allocated <= area.maximum == least
+
+        self.perform(do)
+
+    @rule()
+    def go_offline(self) -> None:
+        async def do(volume: Volume) -> None:
+            await volume.go_offline()
+            self.model.offline = True
+
+        self.flight.switches = True
+        self.perform(do)
+
+    @rule()
+    def online(self) -> None:
+        async def do(volume: Volume) -> None:
+            await volume.online()
+            self.model.offline, self.model.fault = False, None
+
+        self.flight.switches = True
+        self.perform(do)
+
+    # -- the end of a process or of the machine ---------------------------------------------------
+
+    @rule()
+    def close_and_open(self) -> None:
+        self.rig.close()
+        if not self.model.offline:
+            assert self.rig.host.snapshot().pending() == []
+        self.model.synced()
+
+    @rule()
+    def killed(self) -> None:
+        self.rig.killed()
+
+    @rule(how=st.sampled_from(["lost", "kept", "dice"]), seed=st.integers(0, 1 << 30))
+    def power_failure(self, how: str, seed: int) -> None:
+        self.crash(how, seed)
+
+    @rule(
+        after=st.integers(0, 60),
+        how=st.sampled_from(["kill", "lost", "kept", "dice", "dice", "dice"]),
+        seed=st.integers(0, 1 << 30),
+    )
+    def the_end_comes_during_the_next(self, after: int, how: str, seed: int) -> None:
+        """The next operation ends after so many operations of the disk."""
+        self.planned = after, how, seed
+
+    planned: tuple[int, str, int] | None = None
+
+    def crash(self, how: str, seed: int) -> None:
+        dice = random.Random(seed)
+        choose = {"lost": nothing_kept, "kept": everything_kept, "dice": by_dice(dice.choice)}[how]
+        self.rig.crashed(choose)
+        self.model.accept(raw_replica(self.rig))
+
+    # -- how every rule runs ----------------------------------------------------------------------
+
+    def perform(self, work: Callable[..., Any], *args: Any) -> None:
+        if self.planned is None:
+            self.rig.run(work, *args)
+            self.flight = InFlight()
+            return
+        after, how, seed = self.planned
+        self.planned = None
+
+        async def nothing(_volume: Volume) -> None:
+            return None
+
+        self.rig.run(nothing)  # Opened before: the end comes during the operation.
+        self.compare()
+        self.rig.host.stop_at = self.rig.host.operations + after
+        with contextlib.suppress(PowerLoss):
+            self.rig.run(work, *args)
+        if how == "kill":
+            self.rig.killed()
+            for offset, data in self.flight.writes:
+                if raw_replica(self.rig)[offset : offset + len(data)] == data:
+                    self.model.written(offset, data)
+            if self.flight.restoring is None:
+                assert raw_replica(self.rig) == self.model.content
+        elif self.flight.restoring is None:
+            self.crash(how, seed)
+        else:
+            dice = random.Random(seed)
+            self.rig.crashed(by_dice(dice.choice) if how == "dice" else everything_kept)
+        self.settle()
+
+    def settle(self) -> None:
+        """After an interrupted operation: what it may have done, it has done wholly or not."""
+        flight, self.flight = self.flight, InFlight()
+
+        async def look(volume: Volume) -> None:
+            model, protection = self.model, volume.protection
+            live = [point.number for point in volume.points]
+            if flight.created and model.newest + 1 in live:
+                model.newest += 1
+                model.points[model.newest] = bytes(model.content)
+            if flight.created:
+                model.newest = volume.core.need_area().superblock.epoch
+            for number in flight.deleted - set(live):
+                del model.points[number]
+            if self.policy == "evict" and flight.writes:
+                gone = [number for number in model.points if number not in live]
+                assert not live or not gone or max(gone) < min(live)
+                for number in gone:
+                    del model.points[number]
+            if flight.switches:
+                model.offline = not protection.is_online
+                model.fault = int(protection.fault.code) if protection.fault else None
+            elif flight.writes:
+                self.after(volume)  # The write may have tripped a fault that nobody was told of.
+            if flight.restoring is not None:
+                actual = raw_replica(self.rig)
+                if actual != model.content:
+                    if actual == model.points[flight.restoring]:
+                        model.content = bytearray(actual)
+                    else:
+                        model.accept(actual)
+                model.synced()
+
+        self.rig.run(look)
+
+    @invariant()
+    def compare(self) -> None:
+        if not hasattr(self, "rig") or self.planned is not None:
+            return
+
+        async def all_of_it(volume: Volume) -> None:
+            model = self.model
+            self.after(volume)
+            self.lost(volume)
+            volume.check_invariants()
+            assert volume.protection.is_online == (not model.offline)
+            assert (volume.protection.fault is not None) == (model.fault is not None)
+            found = await read_points(volume)
+            assert sorted(found) == sorted(model.points)
+            for number, content in model.points.items():
+                assert found[number] == content, f"point {number} differs"
+            if model.offline:
+                with pytest.raises(OSError) as caught:
+                    await read_replica(volume)
+                assert caught.value.errno == errno.ENODEV
+            else:
+                assert await read_replica(volume) == model.content
+            assert raw_replica(self.rig) == model.content
+            area = volume.status()["diff_area"]
+            assert area["used"] <= area["allocated"] <= area["maximum"]
+
+        self.rig.run(all_of_it)
+
+
+class EvictingMachine(VolumeMachine):
+    policy = "evict"
+
+
+def _run(machine: type[VolumeMachine], steps: int) -> None:
+    phases = [phase for phase in Phase if phase.name != "explain"]
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=steps, phases=phases))
+
+
+@pytest.mark.time_limit(900)
+def test_any_sequence_of_operations_and_crashes_agrees_with_the_model() -> None:
+    """Policy offline: whatever is done and whenever it ends, no recovery point changes a bit."""
+    _run(VolumeMachine, 40)
+
+
+@pytest.mark.time_limit(900)
+def test_any_sequence_agrees_with_the_model_when_old_points_are_evicted() -> None:
+    """Policy evict: writes go on, the oldest points go, and those that stay are exact."""
+    _run(EvictingMachine, 40)
