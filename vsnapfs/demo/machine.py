@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from vsnapfs.cli.output import clean
-from vsnapfs.daemon import client, mounts
+from vsnapfs.daemon import mounts
 from vsnapfs.demo.narrator import Narrator
 from vsnapfs.errors import VsnapError
 from vsnapfs.units import format_size
@@ -43,6 +43,8 @@ _AS_ROOT = {
 _MEMORY = ("tmpfs", "ramfs")
 _SPACE = {True: 400 << 20, False: 900 << 20}  # bytes that --fast, and the whole story, may take
 _PATIENCE = 30.0
+# Set for every command of the demo, and so for whatever they start.
+PLACE_VARIABLE = "VSNAPFS_DEMO_PLACE"
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,23 @@ class Workplace:
 
 def _remove_all(directory: Path) -> list[str]:
     """Unmount, detach, end, remove, in this order. What is left, one line each."""
-    server = client.server_pid(directory / "vol1")
+    # More than once: a server that was just starting may mount after the first look.
+    for _ in range(3):
+        _unmount_all(directory)
+        _end_processes(directory)
+        if not _mounts_below(directory) and not _processes(directory):
+            break
+    left = [f"mount: {mount.mountpoint}" for mount in _mounts_below(directory)]
+    left += [f"loop device: {device}" for device in mounts.loop_devices(directory)]
+    left += [f"process: {pid}" for pid in _processes(directory)]
+    if not left:  # never through a mount
+        shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        left.append(f"directory: {directory}")
+    return left
+
+
+def _unmount_all(directory: Path) -> None:
     for mount in _mounts_below(directory):
         if mount.fstype != mounts.FSTYPE:
             _quiet("fsfreeze", "--unfreeze", str(mount.mountpoint))  # in case it was left so
@@ -186,17 +204,6 @@ def _remove_all(directory: Path) -> list[str]:
         _quiet("losetup", "--detach", device)
     for mount in _mounts_below(directory):
         _unmount_volume(mount)
-    if server is not None and not _has_ended(server, 10.0):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server, signal.SIGKILL)
-        _has_ended(server, 5.0)
-    left = [f"mount: {mount.mountpoint}" for mount in _mounts_below(directory)]
-    left += [f"loop device: {device}" for device in mounts.loop_devices(directory)]
-    if not left:  # never through a mount
-        shutil.rmtree(directory, ignore_errors=True)
-    if directory.exists():
-        left.append(f"directory: {directory}")
-    return left
 
 
 def _mounts_below(directory: Path) -> list[mounts.Mount]:
@@ -212,14 +219,29 @@ def _unmount_volume(mount: mounts.Mount) -> None:
             mounts.unmount_now(mount.mountpoint, lazy=True)
 
 
-def _has_ended(pid: int, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return True  # the number is somebody else's by now
-        time.sleep(0.05)
-    return False
+def _processes(directory: Path) -> list[int]:
+    """Living processes that the demo started, however they detached themselves since."""
+    mark = os.fsencode(f"{PLACE_VARIABLE}={directory}")
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # ended at this moment, or somebody else's
+                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def _end_processes(directory: Path) -> None:
+    """A server that has just been unmounted ends by itself; what does not is told to, then made."""
+    for sent in (None, signal.SIGTERM, signal.SIGKILL):
+        for pid in _processes(directory):
+            if sent is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sent)
+        end = time.monotonic() + (2.0 if sent is None else 10.0)
+        while _processes(directory):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        else:
+            return

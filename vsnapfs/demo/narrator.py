@@ -25,6 +25,7 @@ _WIDTH = 100  # of prose, unless the terminal is narrower
 # Characters a second that people read comfortably, and the longest wait for one piece.
 _SPEED = {"en": 24.0, "ja": 11.0}
 _LONGEST = 9.0
+_MOST_LINES = 24  # of one command's output
 # Japanese breaks between any two characters, but not within a word of ASCII, and no line begins
 # with one of these.
 _PIECES = re.compile(r"[!-~]+|.", re.DOTALL)
@@ -88,13 +89,17 @@ class Narrator:
 
     def output(self, output: str) -> None:
         """What a command printed."""
-        shown = clean(output.rstrip("\n"))
+        lines = clean(output.rstrip("\n")).split("\n")
+        if len(lines) > _MOST_LINES:
+            more = self.text("more_lines", count=len(lines) - _MOST_LINES + 1)
+            lines[_MOST_LINES // 2 : -(_MOST_LINES // 2) + 1] = [f"[{more}]"]
+        shown = "\n".join(lines)
         if not shown:
             return
         if self._terminal:
-            self._out.print(Padding(Text(shown, style="bright_black"), (0, 0, 0, 2)))
+            self._out.print(Padding(Text(shown), (0, 0, 0, 2), expand=False))
         else:
-            for line in shown.split("\n"):
+            for line in lines:
                 self._out.print(Text(f"  {line}"), soft_wrap=True)
         self._wait(min(_LONGEST / 2, 0.4 + len(shown) / 120))
 

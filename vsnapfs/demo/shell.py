@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vsnapfs.demo.machine import PLACE_VARIABLE
 from vsnapfs.demo.narrator import Narrator
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -54,6 +55,7 @@ class Shell:
         paths = [_PACKAGE_ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self._environment = os.environ | {
             "VSNAPFS_DEMO_PYTHON": sys.executable,
+            PLACE_VARIABLE: str(directory),
             "VSNAPFS_LANG": lang,
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
             "PYTHONSAFEPATH": "1",
@@ -66,14 +68,14 @@ class Shell:
     def run(self, command: str, *, codes: tuple[int, ...] | None = (0,)) -> Done:
         """Show and run a command line, show its output. CommandError unless it ends as in `codes`.
 
-        codes: None accepts every failure, but not success (the story needs it refused).
+        codes: None accepts everything.
         """
         self._narrator.command(self._prompt, command)
         code, output, _ = self._execute(command, subprocess.STDOUT)
         self._narrator.output(output)
         if code:
             self._narrator.exit_code(code)
-        if (code == 0) if codes is None else (code not in codes):
+        if codes is not None and code not in codes:
             raise CommandError(command, code, "")
         return Done(command, code, output)
 

@@ -112,6 +112,7 @@ class Story:
             data=f"{self._sizes.data} MiB",
             room=format_size(area["maximum"] - area["used"]),
         )
+        # However fio takes it: whether the write was refused is for the volume to say.
         self._stage.backup(codes=None)
         fault = self._expect_fault()
         self._say(
@@ -130,7 +131,7 @@ class Story:
 
     def _look_at_the_points(self) -> None:
         self._narrator.chapter("intact.title")
-        self._run("head -c 1 mnt/replica.img", codes=None)
+        self._run("head -c 1 mnt/replica.img", codes=(1,))
         self._say("intact.why")
         self._prove_points()
         self._stage.look_into(2, self._text("day2"))
@@ -149,7 +150,7 @@ class Story:
         self._run(
             f"dd if=/dev/urandom of=mnt/replica.img bs={fault['length']} count=1 "
             f"seek={fault['offset']} oflag=seek_bytes conv=notrunc status=none",
-            codes=None,
+            codes=(1,),
         )
         self._expect_fault()
         self._prove(self._checksum("vol1/replica.img") == before, "out.refused")
@@ -200,8 +201,8 @@ class Story:
         self._note("export.freed", size=format_size(freed))
         self._prove_points()
         self._say("export.verify")
-        self._run("vsnapfs verify vol1")
-        self._prove(True, "export.verified")
+        done = self._shell.run("vsnapfs verify vol1", codes=(0, 5))
+        self._prove(done.code == 0, "export.verified")
 
     def _put_away(self) -> None:
         self._narrator.chapter("end.title")

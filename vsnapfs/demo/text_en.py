@@ -182,10 +182,11 @@ TEXT = {
     "left": "The demo could not remove everything it had made:\n{what}",
     # -- trouble
     "exit_code": "exit code {code}",
+    "more_lines": "{count} lines more",
     "missing_tools": "the demo needs programs that are not installed: {tools}",
     "no_space": "{place} has {free} free, and the demo needs {needed}",
     "no_space_hint": "TMPDIR=/another/place chooses another place.",
-    "disproved": "THIS IS NOT TRUE: {claim}. The checksums above differ.",
+    "disproved": "THIS IS NOT TRUE: {claim}. See what the commands above have printed.",
     "command_failed": "“{command}” should not have ended with exit code {code}.\n{output}",
     "no_copies": "Data was overwritten, but the diff area holds no more than before.",
     "no_change": "Nothing has changed since an earlier recovery point, so nothing can be proved.",

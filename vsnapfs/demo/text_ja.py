@@ -201,10 +201,11 @@ TEXT = {
     "left": "デモが作ったものの一部を削除できませんでした。\n{what}",
     # -- 異常
     "exit_code": "終了コード {code}",
+    "more_lines": "ほか {count} 行",
     "missing_tools": "デモに必要なプログラムがありません: {tools}",
     "no_space": "{place} の空きは {free} ですが、デモには {needed} 必要です",
     "no_space_hint": "TMPDIR=/別の場所 で、ほかの場所を指定できます。",
-    "disproved": "正しくありません:「{claim}」。上のチェックサムが一致していません。",
+    "disproved": "正しくありません:「{claim}」。上のコマンドの出力を確認してください。",
     "command_failed": "「{command}」が予期しない終了コード {code} で終わりました。\n{output}",
     "no_copies": "データが上書きされたのに、差分領域の使用量が増えていません。",
     "no_change": "以前の回復ポイントから何も変わっていないため、何も証明できません。",
