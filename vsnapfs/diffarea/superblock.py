@@ -111,11 +111,11 @@ class Superblock:
 def _fault_text(fault: Fault | None) -> bytes:
     if fault is None:
         return b""
-    text = json.dumps(fault.to_json(), ensure_ascii=False).encode()
+    text = json.dumps(fault.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _FAULT_MAX:
         # Only the free text and the path can be long; the numbers must survive.
         short = replace(fault, message=fault.message[:100], diff_area=(fault.diff_area or "")[:200])
-        text = json.dumps(short.to_json(), ensure_ascii=False).encode()
+        text = json.dumps(short.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
     return text
 
 

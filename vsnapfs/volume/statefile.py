@@ -112,14 +112,14 @@ def inspect_state(path: Path) -> dict[str, Any]:
 def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     fields: dict[str, Any] = dict(vars(state))
     fields["fault"] = state.fault.to_json() if state.fault else None
-    text = json.dumps(fields, ensure_ascii=False).encode()
+    text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
         fields["fault"] |= {
             "message": state.fault.message[:100],
             "diff_area": (state.fault.diff_area or "")[:200],
         }
-        text = json.dumps(fields, ensure_ascii=False).encode()
+        text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     buffer = bytearray(COPY_SIZE)
     _HEAD.pack_into(buffer, 0, _MAGIC, _VERSION, len(text), volume_id, sequence)
     buffer[_HEAD.size : _HEAD.size + len(text)] = text
