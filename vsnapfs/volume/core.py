@@ -15,6 +15,8 @@ thread under one of these locks.
 
 from __future__ import annotations
 
+import errno
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -126,8 +128,10 @@ class Core:
     area_is_stale: bool = False
     #: A sync of the replica failed: it must be opened anew before it can be trusted.
     replica_failed: bool = False
+    replica_error: OSError | None = None
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
+    _replica_syncing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def points(self) -> tuple[RecoveryPoint, ...]:
@@ -148,6 +152,21 @@ class Core:
                 code="no-diff-area",
             )
         return self.area
+
+    def sync_replica(self) -> None:
+        """Make the replica durable; in a worker thread. OSError, then for every later call, too.
+
+        One sync at a time: Linux tells one caller only that pages were lost, so that a second
+        sync running beside a failing one would answer that all is well.
+        """
+        with self._replica_syncing:
+            if self.replica_failed:
+                raise OSError(errno.EIO, "an earlier sync of the replica failed")
+            try:
+                self.replica.sync()
+            except OSError as error:
+                self.replica_failed, self.replica_error = True, error
+                raise
 
     async def commit(self, **changes: Any) -> None:
         """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""

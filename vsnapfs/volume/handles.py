@@ -62,7 +62,7 @@ class ReplicaHandle:
             volume.log_flush_failure(refusal)
             raise refusal
         try:
-            await in_thread(volume.core.replica.sync)
+            await in_thread(volume.core.sync_replica)
         except OSError as error:
             await protection.replica_sync_failed(error)
             volume.log_flush_failure(error)

@@ -182,7 +182,11 @@ def _open_area(
     if any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
         kept = tuple(point for point in area.superblock.points if point.number > given_up)
-        area.superblock = replace(area.superblock, points=kept, restoring=0, clean=False)
+        # Perhaps an area that was thought lost: numbers given out since must not come again.
+        epoch = max(area.superblock.epoch, saved.epoch)
+        area.superblock = replace(
+            area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
+        )
         numbers = [point.number for point in kept]
         area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
         area.index.compact(numbers)

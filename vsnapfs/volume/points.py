@@ -96,6 +96,7 @@ class Points:
                 raise VsnapError(f"volume {core.name} has used up all point numbers")
             await self._keep_below_limit()
             await self._sync_replica()
+            await protection.reserve_number(area.superblock.epoch + 1)
             try:
                 async with core.gate.held(core.config.hold_timeout):
                     point = await self._take(label or "")
@@ -150,7 +151,7 @@ class Points:
 
     async def _sync_replica(self) -> None:
         try:
-            await in_thread(self._core.replica.sync)
+            await in_thread(self._core.sync_replica)
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             self._protection.require_online("creating a recovery point")
@@ -171,11 +172,16 @@ class Points:
 
     async def delete(self, number: int, *, force: bool) -> None:
         """Delete a point. BusyError if it is open (unless `force`) or being restored."""
-        core = self._core
+        core, protection = self._core, self._protection
         async with core.admin_lock:
             point = self.resolve(number)
-            if core.need_area().superblock.restoring == number:
-                raise BusyError(f"recovery point {number} is being restored")
+            unfinished = core.need_area().superblock.restoring == number
+            if unfinished and (protection.restoring or not force):
+                raise BusyError(
+                    f"recovery point {number} is being restored",
+                    hint="'vsnapfs online' goes on with it. With --force it is deleted and the "
+                    "replica stays a mixture of two states.",
+                )
             if core.open_points.get(number) and not force:
                 raise BusyError(
                     f"recovery point {number} of volume {core.name} is open",
@@ -183,19 +189,25 @@ class Points:
                 )
             await self._or_trip(self.remove([number]))
         core.log.log("vsnapfs", 1011, volume=core.name, point=number, label=point.label or None)
+        if unfinished:
+            reason = (
+                f"the restore of recovery point {number} was given up: the replica is a mixture"
+            )
+            core.log.log("vsnapfs", 1091, volume=core.name, reason=reason)
 
-    async def remove(self, numbers: list[int]) -> None:
+    async def remove(self, numbers: list[int]) -> bool:
         """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
 
-        Asks nobody: eviction comes here from within a write.
+        Asks nobody: eviction comes here from within a write. False if they were gone already.
         """
         core = self._core
         area = core.need_area()
         async with core.area_lock:
             remaining = tuple(point for point in core.points if point.number not in numbers)
             if len(remaining) == len(core.points):
-                return
-            await core.commit(points=remaining)
+                return False
+            restoring = area.superblock.restoring
+            await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
             self.gone.update(numbers)
             live = [point.number for point in remaining]
 
@@ -210,6 +222,7 @@ class Points:
             kept = area.index.live_slots(live)
             area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
         core.changed()
+        return True
 
     async def forget_all(self) -> None:
         """Give up every point even if the diff area cannot be written any more. FaultError 13.
@@ -223,10 +236,10 @@ class Points:
         async with core.area_lock:
             await self._protection.record_given_up(max(numbers))
             try:
-                await core.commit(points=())
+                await core.commit(points=(), restoring=0)
             except FaultError:
                 # Nothing may be written there any more; without points nothing needs to be.
-                area.superblock = replace(area.superblock, points=())
+                area.superblock = replace(area.superblock, points=(), restoring=0)
             self.gone.update(numbers)
             area.index.compact([])
             core.preserved = BlockSet()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ class Protection:
         self._persisted.set()
         self._persisting = False
         self.trouble: str | None = None
+        self._saving = threading.Lock()
 
     @property
     def state(self) -> str:
@@ -131,16 +133,19 @@ class Protection:
             await done.wait()
             return
         self._persisting = True
-        with trio.CancelScope(shield=True):
-            await in_thread(self._write_down, self._core.log, self.fault)
-            if self._core.area is not None and not self._core.area_is_stale:
-                async with self._core.area_lock:
-                    try:
-                        await self._core.commit(fault=self.fault)
-                    except FaultError as error:
-                        self.trouble = error.message  # The state file has it; that is enough.
-        self._persisting = False
-        done.set()
+        try:
+            with trio.CancelScope(shield=True):
+                await in_thread(self._write_down, self._core.log, self.fault)
+                if self._core.area is not None and not self._core.area_is_stale:
+                    async with self._core.area_lock:
+                        try:
+                            await self._core.commit(fault=self.fault)
+                        except FaultError as error:
+                            self.trouble = error.message  # The state file has it; that is enough.
+        finally:
+            # Whatever happened: everybody who was refused waits for this.
+            self._persisting = False
+            done.set()
         self._core.changed()
 
     def _write_down(self, log: Log, fault: Fault | None) -> None:
@@ -152,6 +157,10 @@ class Protection:
             # Still offline in memory, and the superblock is tried next.
             self.trouble = f"the state file could not be written: {error}"
             log.log("vsnapfs", 1091, volume=self._core.name, reason=self.trouble)
+
+    async def recorded(self) -> None:
+        """Return when a fault that is being written down has been: `online` must come after it."""
+        await self._persisted.wait()
 
     def settled(self) -> None:
         """What `mark` began is durable (used where no loop is needed: at open)."""
@@ -178,14 +187,15 @@ class Protection:
         core = self._core
         core.replica_failed = True
         reason = error.strerror or str(error)
-        core.log.log(
-            "vsnapfs",
-            1060,
-            volume=core.name,
-            device=str(core.replica.path),
-            errno=error.errno,
-            reason=reason,
-        )
+        if error is core.replica_error:  # Others that waited for the same sync fail like it.
+            core.log.log(
+                "vsnapfs",
+                1060,
+                volume=core.name,
+                device=str(core.replica.path),
+                errno=error.errno,
+                reason=reason,
+            )
         await self.trip(
             FaultError(
                 FaultCode.IO_FAILURE,
@@ -193,6 +203,21 @@ class Protection:
                 errno=error.errno or errno.EIO,
             )
         )
+
+    async def reserve_number(self, number: int) -> None:
+        """Make durable that point `number` may exist, before it does. VsnapError if that fails.
+
+        Should the diff area be lost, nothing else would know: the number would be used twice, and
+        an old area that turns up again could bring back points that have been given up.
+        """
+        try:
+            await in_thread(lambda: self.save(epoch=max(number, self.saved.epoch)))
+        except OSError as error:
+            raise VsnapError(
+                f"volume {self._core.name}: no recovery point was taken, the state file cannot be "
+                f"written: {error.strerror or error}",
+                errno=error.errno or errno.EIO,
+            ) from error
 
     async def record_given_up(self, number: int) -> None:
         """Make durable that points up to `number` no longer count. FaultError 13 if that fails."""
@@ -238,18 +263,19 @@ class Protection:
 
     def save(self, **changes: object) -> None:
         """Write the state file with `changes` and what is now known of the diff area. OSError."""
-        area = self._core.area
-        state = replace(self.saved, **changes)  # type: ignore[arg-type]
-        if area is not None and not self._core.area_is_stale:
-            state = replace(
-                state,
-                maximum=area.maximum,
-                block_size=area.layout.block_size,
-                epoch=max(state.epoch, area.superblock.epoch),
-                generation=area.superblock.generation,
-            )
-        self._core.state_file.save(state)
-        self.saved = state
+        with self._saving:
+            area = self._core.area
+            state = replace(self.saved, **changes)  # type: ignore[arg-type]
+            if area is not None and not self._core.area_is_stale:
+                state = replace(
+                    state,
+                    maximum=area.maximum,
+                    block_size=area.layout.block_size,
+                    epoch=max(state.epoch, area.superblock.epoch),
+                    generation=area.superblock.generation,
+                )
+            self._core.state_file.save(state)
+            self.saved = state
 
     def would_fit(self) -> str | None:
         """A warning if the write that faulted would still not fit, else None."""

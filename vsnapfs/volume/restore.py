@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from ..diffarea.area import DiffArea
-from ..errors import BusyError, FaultError, VsnapError
+from ..errors import BusyError, FaultCode, FaultError, VsnapError
 from ..units import format_size
 from .core import Core, Progress, in_thread
 from .points import Points
@@ -29,6 +29,14 @@ _AT_ONCE = 256
 
 def no_progress(_phase: str, _done: int, _total: int) -> None:
     """A progress callback for callers that have none."""
+
+
+def as_fault(error: FaultError | OSError | VsnapError) -> FaultError:
+    """What interrupts a restore takes the volume offline: fault 13 if it is none by itself."""
+    if isinstance(error, FaultError):
+        return error
+    text = f"a restore was interrupted: {error}"
+    return FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
 
 
 class Restore:
@@ -116,12 +124,15 @@ class Restore:
                 await core.commit(restoring=number)
             core.log.log("volsnap", 64, volume=core.name, point=number, count=len(todo))
             await self._write(number, todo, progress)
-        except FaultError as error:
-            await self._protection.trip(error, needed=len(new))
+        except (FaultError, OSError, VsnapError) as error:
+            # Whatever it was, the replica is a mixture now: nobody may have it before `online`
+            # has gone on with this.
+            fault = as_fault(error)
+            await self._protection.trip(fault, needed=len(new))
             raise VsnapError(
-                f"volume {core.name}: restoring point {number} was interrupted: {error.message}",
+                f"volume {core.name}: restoring point {number} was interrupted: {fault.message}",
                 hint="It goes on when the volume is online again ('vsnapfs online').",
-                errno=error.errno,
+                errno=fault.errno,
                 exit_code=3,
                 code="fault",
             ) from error
@@ -183,7 +194,7 @@ class Restore:
             await in_thread(self._overwrite, area, number, blocks)
             progress("restore", (start + len(blocks)) * core.block_size, total)
         try:
-            await in_thread(core.replica.sync)
+            await in_thread(core.sync_replica)
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             raise VsnapError(

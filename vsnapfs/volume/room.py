@@ -31,7 +31,7 @@ class Room:
         self._shrink: trio.CancelScope | None = None
         #: Slots that writers have reserved and whose copies are not in the index yet.
         self.promised: set[int] = set()
-        self.remove_points: Callable[[list[int]], Awaitable[None]]
+        self.remove_points: Callable[[list[int]], Awaitable[bool]]
         self.forget_all_points: Callable[[], Awaitable[None]]
 
     # -- for writers ----------------------------------------------------------------------------
@@ -218,7 +218,8 @@ class Room:
             return
         oldest = core.points[0]
         try:
-            await self.remove_points([oldest.number])
+            if not await self.remove_points([oldest.number]):
+                return  # Another write has evicted it, and said so.
         except FaultError as failure:
             await self.give_up_all(14, failure.message)
             return

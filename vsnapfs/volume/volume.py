@@ -31,7 +31,7 @@ from .points import Points
 from .protection import Protection, log_fault
 from .reader import Reader
 from .resize import Resize
-from .restore import Restore, no_progress
+from .restore import Restore, as_fault, no_progress
 from .room import Room
 from .status import status_of
 from .writer import Writer
@@ -169,6 +169,7 @@ class Volume:
             # before anything relies on it.
             async with core.area_lock:
                 await core.commit()
+                await in_thread(core.need_area().trim)
 
     async def _offline_at_open(self, error: FaultError) -> None:
         """Go offline by a fault found at open; one that is already recorded is not logged again."""
@@ -198,7 +199,8 @@ class Volume:
         try:
             async with trio.open_nursery() as nursery:
                 self.core.nursery = nursery
-                await self._continue_restore()
+                async with self.core.admin_lock:
+                    await self._continue_restore()
                 task_status.started()
                 await self._stop.wait()
                 # A growth under way is finished: the nursery waits for it.
@@ -207,16 +209,17 @@ class Volume:
             self._stopped.set()
 
     async def _continue_restore(self) -> None:
+        """Go on with an in-place restore that was interrupted. The caller holds `admin_lock`."""
         area = self.core.area
         if area is None or not self.protection.is_online or not area.superblock.restoring:
             return
         try:
             await self._restore.go_on()
-        except FaultError as error:
-            await self.protection.trip(error)
-        except VsnapError as error:
+        except (FaultError, OSError, VsnapError) as error:
+            await self.protection.trip(as_fault(error))
+        except trio.TooSlowError:
             await self.protection.trip(
-                FaultError(FaultCode.IO_FAILURE_DURING_ONLINE, error.message, errno=error.errno)
+                as_fault(VsnapError("writes in flight took too long", errno=errno.ETIMEDOUT))
             )
 
     async def close(self) -> None:
@@ -249,7 +252,7 @@ class Volume:
         if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
             return
         try:
-            await in_thread(core.replica.sync)
+            await in_thread(core.sync_replica)
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity())
             await in_thread(self._note_generation)
@@ -267,7 +270,8 @@ class Volume:
         """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored)."""
         if not self.protection.is_online:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-        if self.protection.restoring:
+        area = self.core.area
+        if self.protection.restoring or (area is not None and area.superblock.restoring):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         return ReplicaHandle(self)
 
@@ -329,16 +333,16 @@ class Volume:
             if self.protection.is_online:
                 return [f"volume {self.core.name} is already online"]
             warnings = await self._bring_back()
-        await self._continue_restore()
-        return warnings
+            await self._continue_restore()
+            return warnings
 
     async def _bring_back(self) -> list[str]:
         core, protection = self.core, self.protection
         self._refuse_if_hopeless()
+        await protection.recorded()
         try:
             if core.replica_failed:
-                await in_thread(core.replica.reopen)
-                core.replica_failed = False
+                await in_thread(self._reopen_replica)
             warning = protection.would_fit()
             await protection.come_online()
         except (FaultError, OSError, VsnapError) as error:
@@ -350,6 +354,13 @@ class Volume:
             ) from error
         self.room.reset()
         return [warning] if warning else []
+
+    def _reopen_replica(self) -> None:
+        core = self.core
+        core.replica.reopen()
+        # The host may still show what a failed sync has lost. Only what is on the disk counts.
+        core.replica.forget_cache()
+        core.replica_failed, core.replica_error = False, None
 
     def _refuse_if_hopeless(self) -> None:
         core, area = self.core, self.core.area

@@ -163,10 +163,18 @@ class Writer:
         except FaultError as error:
             batch.error = error
             area.slots.release(batch.slots)
-            if core.config.on_full != "evict":
-                self._protection.mark(error, offset=offset, length=length, needed=len(batch.blocks))
         else:
-            self._record(area, batch)
+            try:
+                self._record(area, batch)
+            except Exception as error:  # noqa: BLE001 - a reader must never miss a copy
+                # Durable, but perhaps not known to readers: nothing of it may be overwritten.
+                # The slots are never given out; the next opening finds what they hold.
+                area.unknown_slots += tuple(batch.slots)
+                batch.error = _unexpected(error, batch.blocks[0])
+        if batch.error is not None and core.config.on_full != "evict":
+            self._protection.mark(
+                batch.error, offset=offset, length=length, needed=len(batch.blocks)
+            )
         self._room.promised.difference_update(batch.slots)
         if area.index.wants_folding():
             await in_thread(area.index.fold)
@@ -183,17 +191,19 @@ class Writer:
 
     async def _settle(self, batch: Batch) -> None:
         """After the flush, without `area_lock`: persist a fault, then wake the writers."""
-        if batch.error is not None:
-            if self._core.config.on_full == "evict":
-                try:
-                    await self._room.give_up_all(14, batch.error.message)
-                except FaultError as error:
-                    self._protection.mark(error)
-            await self._protection.persist()
-        for block in batch.blocks:
-            if self._on_the_way.get(block) is batch:
-                del self._on_the_way[block]
-        batch.done.set()
+        try:
+            if batch.error is not None:
+                if self._core.config.on_full == "evict":
+                    try:
+                        await self._room.give_up_all(14, batch.error.message)
+                    except FaultError as error:
+                        self._protection.mark(error)
+                await self._protection.persist()
+        finally:
+            for block in batch.blocks:
+                if self._on_the_way.get(block) is batch:
+                    del self._on_the_way[block]
+            batch.done.set()
 
     async def preserve_now(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Preserve `blocks` into reserved `slots` for a restore, with writes held. FaultError."""
@@ -228,18 +238,9 @@ class Writer:
             if error.block is None:
                 error.block = block if block is not None else min(blocks)
             raise
-        except MemoryError as error:
-            raise FaultError(
-                FaultCode.MEMORY_ALLOCATION_FAILURE,
-                "there is no memory for the copy",
-                errno=errno.ENOMEM,
-                block=block,
-            ) from error
         except Exception as error:
             # Nobody planned for this. Whatever it was, the points must not pay for it.
-            raise FaultError(
-                FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block
-            ) from error
+            raise _unexpected(error, block) from error
 
     def _staging_area(self) -> mmap.mmap:
         if self._staging is None:
@@ -310,6 +311,14 @@ class Writer:
             errno=error.errno,
             reason=error.strerror or str(error),
         )
+
+
+def _unexpected(error: Exception, block: int | None) -> FaultError:
+    if isinstance(error, MemoryError):
+        text = "there is no memory for the copy"
+        code = FaultCode.MEMORY_ALLOCATION_FAILURE
+        return FaultError(code, text, errno=errno.ENOMEM, block=block)
+    return FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block)
 
 
 def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
