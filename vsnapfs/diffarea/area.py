@@ -45,7 +45,7 @@ from .layout import (
     Layout,
 )
 from .slots import SlotMap
-from .superblock import Superblock, decode
+from .superblock import Superblock, check, decode
 
 _CACHED_SECTORS = 256
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
@@ -185,12 +185,12 @@ class DiffArea:
             generation=max(self._generations) + 1,
             barrier=self.barrier_number,
         )
-        data = wanted.encode()
         try:
-            decode(data)
+            check(wanted)
         except FormatError as error:
             # Better no commit than one that no opening accepts.
             raise FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error}") from error
+        data = wanted.encode()
         self._generations.add(wanted.generation)
         self.in_doubt = True
         try:

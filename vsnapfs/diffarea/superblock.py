@@ -132,25 +132,14 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
             hint="Use the vsnapfs release that wrote it.",
             code="foreign-version",
         )
-    (check,) = struct.unpack_from("<Q", view, _CHECK_OFFSET)
-    if check != xxhash.xxh3_64_intdigest(view[:_CHECK_OFFSET]):
+    (recorded,) = struct.unpack_from("<Q", view, _CHECK_OFFSET)
+    if recorded != xxhash.xxh3_64_intdigest(view[:_CHECK_OFFSET]):
         raise FormatError("the superblock fails its checksum", code="checksum")
     (_, _, _, volume_id, generation, barrier, block_size, flags, *rest) = head
     replica_size, maximum, allocated, epoch, restoring, count, slots_per_group, *identity = rest
-    _demand(is_block_size(block_size), "block size")
-    layout = Layout(block_size)
     _demand(slots_per_group == SLOTS_PER_GROUP, "group size")
-    _demand(0 < replica_size <= MAX_REPLICA_SIZE, "replica size")
-    _demand(HEADER_SIZE < allocated <= maximum <= MAX_AREA_SIZE, "sizes")
-    _demand(layout.size_of(layout.slots_in(allocated)) == allocated, "allocated size")
     _demand(count <= MAX_POINTS, "number of points")
-    _demand(epoch <= MAX_POINT_NUMBER, "epoch")
-    points = tuple(_decode_point(view, index) for index in range(count))
-    numbers = [point.number for point in points]
-    _demand(numbers == sorted(set(numbers)), "order of the points")
-    _demand(not numbers or (numbers[0] > 0 and numbers[-1] <= epoch), "numbers of the points")
-    _demand(restoring == 0 or restoring in numbers, "point being restored")
-    return Superblock(
+    superblock = Superblock(
         volume_id=volume_id,
         block_size=block_size,
         replica_size=replica_size,
@@ -163,8 +152,26 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
         clean=bool(flags & _CLEAN),
         replica=Identity(*identity),
         fault=_decode_fault(view),
-        points=points,
+        points=tuple(_decode_point(view, index) for index in range(count)),
     )
+    check(superblock)
+    return superblock
+
+
+def check(superblock: Superblock) -> None:
+    """FormatError if its values contradict each other, so that no opening would accept it."""
+    block_size, allocated = superblock.block_size, superblock.allocated
+    _demand(is_block_size(block_size), "block size")
+    layout = Layout(block_size)
+    _demand(0 < superblock.replica_size <= MAX_REPLICA_SIZE, "replica size")
+    _demand(HEADER_SIZE < allocated <= superblock.maximum <= MAX_AREA_SIZE, "sizes")
+    _demand(layout.size_of(layout.slots_in(allocated)) == allocated, "allocated size")
+    _demand(superblock.epoch <= MAX_POINT_NUMBER, "epoch")
+    numbers = [point.number for point in superblock.points]
+    _demand(len(numbers) <= MAX_POINTS, "number of points")
+    _demand(numbers == sorted(set(numbers)), "order of the points")
+    _demand(not numbers or 0 < numbers[0] <= numbers[-1] <= superblock.epoch, "point numbers")
+    _demand(superblock.restoring in (0, *numbers), "point being restored")
 
 
 def _demand(condition: bool, what: str) -> None:
