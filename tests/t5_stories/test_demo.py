@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import loop_devices, missing_for_loop, mounts
+from conftest import ROOT, loop_devices, missing_for_loop, mounts
 
 from vsnapfs.demo import text_en, text_ja
+from vsnapfs.demo.machine import remove_all
 from vsnapfs.demo.narrator import folded
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -243,6 +244,38 @@ def test_a_missing_program_is_named(stage: Stage) -> None:
     assert "fio" in played.errors.splitlines()[0]
     assert re.search(r"hint: apt-get install (\S+ )*fio", played.errors)
     assert played.out == ""
+
+
+@pytest.mark.time_limit(120)
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+def test_the_tour_in_the_readme_works_as_typed(stage: Stage) -> None:
+    """Line by line in one shell, as a reader would paste it; only the one that must fail fails."""
+    readme = (ROOT / "README.md").read_text()
+    lines = readme.split("```sh\n", 1)[1].split("```", 1)[0].splitlines()
+    stage.tool("vsnapfs", f'#!/bin/sh\nexec {sys.executable} -m vsnapfs "$@"\n')
+    script = "".join(f'{line}\necho "line {n}: exit $?"\n' for n, line in enumerate(lines))
+    place = stage.work / "tour"
+    place.mkdir()
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=place,
+            env=os.environ | {"PATH": f"{stage.tools}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        codes = re.findall(r"^line \d+: exit (\d+)$", done.stdout, re.MULTILINE)
+        refused = next(n for n, line in enumerate(lines) if line.startswith("dd "))
+        assert codes == ["1" if n == refused else "0" for n in range(len(lines))], done.stdout
+        assert "OFFLINE by fault 8 DIFF_AREA_FULL" in done.stdout
+        assert "volsnap 87 " in done.stdout
+    finally:
+        assert remove_all(stage.work) == []
+    stage.work.mkdir()
 
 
 def _placeholders(text: str) -> set[str | None]:

@@ -165,7 +165,7 @@ class Workplace:
                 # Nobody may be reading any more (a closed pipe), which is no reason to stop.
                 with contextlib.suppress(OSError):
                     self._narrator.note(self._narrator.text("cleaning"))
-            self.left = _remove_all(self.directory)
+            self.left = remove_all(self.directory)
             if self.left and kind is not None:
                 print(*map(clean, self.left), sep="\n", file=sys.stderr)  # noqa: T201 - last words
         finally:
@@ -176,7 +176,7 @@ class Workplace:
 # -- removing -----------------------------------------------------------------------------------
 
 
-def _remove_all(directory: Path) -> list[str]:
+def remove_all(directory: Path) -> list[str]:
     """Unmount, detach, end, remove, in this order. What is left, one line each."""
     # More than once: a server that was just starting may mount after the first look.
     for _ in range(3):

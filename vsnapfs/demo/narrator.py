@@ -23,8 +23,8 @@ from vsnapfs.cli.output import clean
 
 _WIDTH = 100  # of prose, unless the terminal is narrower
 # Characters a second that people read comfortably, and the longest wait for one piece.
-_SPEED = {"en": 24.0, "ja": 11.0}
-_LONGEST = 9.0
+_SPEED = {"en": 34.0, "ja": 15.0}
+_LONGEST = 8.0
 _MOST_LINES = 24  # of one command's output
 # Japanese breaks between any two characters, but not within a word of ASCII, and no line begins
 # with one of these.
@@ -101,7 +101,7 @@ class Narrator:
         else:
             for line in lines:
                 self._out.print(Text(f"  {line}"), soft_wrap=True)
-        self._wait(min(_LONGEST / 2, 0.4 + len(shown) / 120))
+        self._wait(min(_LONGEST / 2, 0.4 + len(shown) / 160))
 
     def exit_code(self, code: int) -> None:
         """A command did not end with 0, which may be just what was wanted."""
