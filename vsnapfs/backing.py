@@ -20,6 +20,7 @@ import fcntl
 import os
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -199,6 +200,15 @@ def _lock(path: Path, fd: int) -> None:
         raise
 
 
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class FileBacking:
     """A real file or block device, locked for this process from open to close."""
 
@@ -350,18 +360,28 @@ class FileBacking:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def reopen(self) -> None:
-        """See `Backing.reopen`. OSError, BusyError or Removed leave the old one in place."""
+        """See `Backing.reopen`. OSError, BusyError or Removed leave the old one in place.
+
+        The descriptor keeps its number: a read under way in another thread must not find somebody
+        else's file behind it. A device that cannot be opened again can only be closed.
+        """
         self.check_present()
         # The lock belongs to the old descriptor: it is given up for the blink of an eye.
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         if self.is_device:
             # O_EXCL holders exclude each other, ourselves included: drop the claim first.
-            os.close(self._fd)
-            self._fd = -1
-        fd, _ = _open_locked(self.path, follow=self._follow)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+            nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(nothing, self._fd, inheritable=False)
+            os.close(nothing)
+        try:
+            fd, _ = _open_locked(self.path, follow=self._follow)
+        except BaseException:
+            if not self.is_device:
+                with suppress(OSError):
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
 
     def close(self) -> None:
         """See `Backing.close`. May be called twice."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..backing import FileBacking, device_size, file_system_type
+from ..backing import FileBacking, device_size, file_system_type, sync_directory
 from ..config import (
     CONFIG_NAME,
     DEFAULT_DIFF_AREA,
@@ -284,7 +284,7 @@ def _make(
     _make_log(plan, paths, made)
     for folder in {plan.replica.parent, plan.diff_area.parent, plan.directory.parent}:
         if not str(folder).startswith("/dev"):
-            _sync_directory(folder)
+            sync_directory(folder)
     save(plan.directory, config)
     return warnings
 
@@ -383,11 +383,3 @@ def _make_log(plan: _Plan, paths: VolumePaths, area: DiffArea) -> None:
         length=plan.size,
     )
     log.close()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from ..backing import Backing, FileBacking, Removed
+from ..backing import Backing, FileBacking, Removed, sync_directory
 from ..config import VolumePaths
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
@@ -45,12 +45,19 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
     restoring = old.superblock.restoring if old else 0
     epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
     try:
-        backing = await in_thread(_find_place, volume, old)
-        async with core.area_lock:
-            await protection.record_given_up(epoch)
-            area = await in_thread(_format, volume, backing, maximum, epoch)
-            volume.points_service.gone.update(points)
-            core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
+        # A growth that was too slow (fault 9) ends first: it would write into the new area.
+        async with core.grow_lock:
+            backing = await in_thread(_find_place, volume, old)
+            try:
+                async with core.area_lock:
+                    await protection.record_given_up(epoch)
+                    area = await in_thread(_format, volume, backing, maximum, epoch)
+                    volume.points_service.gone.update(points)
+                    core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
+            except BaseException:
+                if old is None or backing is not old.backing:
+                    backing.close()  # So that the next try can lock it.
+                raise
         await protection.come_online()
     except (FaultError, OSError) as error:
         raise VsnapError(
@@ -91,13 +98,15 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
     try:
         backing = FileBacking.open(path, follow="/" in configured)
     except FileNotFoundError:
-        return FileBacking.create(path)
+        made = FileBacking.create(path)
+        sync_directory(path.parent)
+        return made
     try:
         superblock, _ = read_superblock(backing)
         ours = superblock.volume_id == volume.core.volume_id
     except FormatError as error:
         # A rotted superblock of ours is what this command is for; anything else is not ours.
-        ours = error.code in ("checksum", "inconsistent")
+        ours = error.code in ("checksum", "inconsistent") or backing.size() == 0
     if not ours:
         backing.close()
         raise VsnapError(
