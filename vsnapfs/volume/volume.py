@@ -175,8 +175,11 @@ class Volume:
         """Go offline by a fault found at open; one that is already recorded is not logged again."""
         protection = self.protection
         known = protection.fault
-        if not protection.is_online and known is not None:
-            if known.code is not error.code:
+        missing = error.code is FaultCode.DIFF_AREA_MISSING
+        if not protection.is_online and (known is not None or missing):
+            # Fault 1 clears itself, so it must not replace what does not: not even a plain
+            # `offline` of the administrator.
+            if known is None or known.code is not error.code:
                 protection.trouble = error.message
             if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
                 self.core.area_is_stale = True
