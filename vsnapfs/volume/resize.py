@@ -88,8 +88,6 @@ class Resize:
 
     async def _shrink(self, area: DiffArea, total: int, progress: Progress) -> None:
         core = self._core
-        # Moving writes descriptors: a crash from here on is an unclean stop, and checked as one.
-        await core.mark_in_use()
         target = area.layout.slots_in(total)
         if area.slots.in_use > target:
             raise UsageError(
@@ -101,6 +99,8 @@ class Resize:
             )
         if area.damaged_sectors:
             raise VsnapError(f"the diff area of volume {core.name} is damaged and cannot shrink")
+        # Moving writes descriptors: a crash from here on is an unclean stop, and checked as one.
+        await core.mark_in_use()
         try:
             with trio.CancelScope() as scope:
                 # A write that needs the space ends this at the next await, all of which lie
