@@ -337,6 +337,15 @@ class Volume:
                 return [f"volume {self.core.name} is already online"]
             warnings = await self._bring_back()
             await self._continue_restore()
+            if not self.protection.is_online:
+                fault = self.protection.fault
+                raise VsnapError(
+                    f"volume {self.core.name} is offline again: "
+                    f"{fault.message if fault else 'its restore could not go on'}",
+                    hint="Mend the cause, then try again.",
+                    exit_code=3,
+                    code="still-faulted",
+                )
             return warnings
 
     async def _bring_back(self) -> list[str]:
