@@ -21,7 +21,7 @@ import errno
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -183,8 +183,9 @@ class Host:
         self.operations = 0
         self.stop_at: int | None = None
         self.dead = False
-        #: Called after each operation that changed what a power failure could leave.
-        self.observer: Callable[[], None] | None = None
+        #: Called after each operation that changed what a power failure could leave, with the
+        #: place of the new change (file, number in its journal), or None after a sync.
+        self.observer: Callable[[tuple[str, int] | None], None] | None = None
         self._inodes = 0
         self._time = 0
 
@@ -261,9 +262,10 @@ class Host:
         self._time += 1
         return self._time
 
-    def changed(self) -> None:
+    def changed(self, name: str | None = None) -> None:
         if self.observer is not None:
-            self.observer()
+            last = (name, len(self.files[name].journal) - 1) if name in self.files else None
+            self.observer(last)
 
     # -- the end of a process, the end of a machine ---------------------------------------------
 
@@ -283,7 +285,11 @@ class Host:
         return Snapshot(
             self,
             {
-                name: (replace(file), file.disk.copy(), tuple(file.journal))
+                name: (
+                    replace(file, space=set(file.space), written=set(file.written)),
+                    file.disk.copy(),
+                    tuple(file.journal),
+                )
                 for name, file in self.files.items()
             },
         )
@@ -310,6 +316,10 @@ class Snapshot:
             for name, (_, _, journal) in self._files.items()
             for number, change in enumerate(journal)
         ]
+
+    def change(self, key: tuple[str, int]) -> Change:
+        """One of them."""
+        return self._files[key[0]][2][key[1]]
 
     def power_failure(self, choose: Callable[[str, int, Change], object] | None = None) -> Host:
         """A new host with what is left.
@@ -385,7 +395,7 @@ class SimBacking:
         file.journal.append(Change(start, file.cache.read(start, end - start)))
         file.written.update(range(offset // PAGE, -(-(offset + len(content)) // PAGE)))
         file.ctime = self.host.now()
-        self.host.changed()
+        self.host.changed(self.name)
 
     def _take_space(self, offset: int, length: int) -> None:
         if self.is_device:
@@ -422,7 +432,7 @@ class SimBacking:
             file.cache.resize(offset + length)
             file.journal.append(Change(offset + length, None))
         file.ctime = self.host.now()
-        self.host.changed()
+        self.host.changed(self.name)
 
     def truncate(self, size: int) -> None:
         self.host.step(self, "truncate", size)
@@ -433,7 +443,7 @@ class SimBacking:
         file.cache.resize(size)
         file.journal.append(Change(size, None))
         file.ctime = self.host.now()
-        self.host.changed()
+        self.host.changed(self.name)
 
     def has_hole(self, offset: int, length: int) -> bool:
         self.host.step(self, "has_hole", offset, length)
@@ -465,47 +475,3 @@ class SimBacking:
 
     def close(self) -> None:
         self.file.locked = False
-
-
-# --- ways in which a power failure can go ------------------------------------------------------
-
-
-def nothing_kept(_name: str, _number: int, _change: Change) -> object:
-    """Every unsynced write is lost."""
-    return False
-
-
-def everything_kept(_name: str, _number: int, _change: Change) -> object:
-    """Every unsynced write made it."""
-    return True
-
-
-def subset(chosen: Iterable[tuple[str, int]], torn: dict[tuple[str, int], object] | None = None):
-    """Keep the chosen writes (file, number); `torn`: (file, number) → how it is torn."""
-    kept = set(chosen)
-    tears = torn or {}
-
-    def choose(name: str, number: int, _change: Change) -> object:
-        key = name, number
-        return tears.get(key, key in kept)
-
-    return choose
-
-
-def by_dice(decide: Callable[[Sequence[str]], str]):
-    """Decide about each write with `decide(options)`, e.g. a random generator's choice."""
-
-    def choose(_name: str, _number: int, change: Change) -> object:
-        options = ["lost", "kept"]
-        if change.data is not None and len(change.cuts()) > 2:
-            options += ["head", "tail", "mixed"]
-        what = decide(options)
-        if what == "head":
-            return lambda sector, count: sector < count // 2
-        if what == "tail":
-            return lambda sector, count: sector >= count // 2
-        if what == "mixed":
-            return lambda sector, _count: decide(["lost", "kept"]) == "kept"
-        return what == "kept"
-
-    return choose

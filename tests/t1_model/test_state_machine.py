@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from powercuts import by_dice, everything_kept, nothing_kept
 from rig import (
     BLOCK,
     SMALLEST,
@@ -40,7 +41,7 @@ from rig import (
     tear,
     write,
 )
-from simdisk import PowerLoss, by_dice, everything_kept, nothing_kept
+from simdisk import PowerLoss
 
 from vsnapfs.errors import FaultCode, VsnapError
 from vsnapfs.volume import Volume

@@ -76,6 +76,8 @@ class DiffArea:
         self._failed_syncs = 0
         #: A commit failed half way: one copy on disk may say what `superblock` does not.
         self.in_doubt = False
+        #: The copy (its offset) that a commit could not finish.
+        self._doubtful: int | None = None
         self._formatting = False
 
     @classmethod
@@ -177,7 +179,7 @@ class DiffArea:
         stays as it was, though the disk may already hold the new state in one copy.
         """
         self.check_present()
-        self._check_not_overtaken()
+        offsets = self._check_not_overtaken()
         changes.setdefault("clean", False)
         wanted = replace(
             self.superblock,
@@ -194,9 +196,11 @@ class DiffArea:
         self._generations.add(wanted.generation)
         self.in_doubt = True
         try:
-            for offset in SUPERBLOCK_OFFSETS:
+            for offset in offsets:
+                self._doubtful = offset
                 self.backing.write(offset, data)
                 self._sync()
+            self._doubtful = None
         except OSError as error:
             raise FaultError(
                 FaultCode.IO_FAILURE,
@@ -221,22 +225,30 @@ class DiffArea:
                 FaultCode.DIFF_AREA_REMOVED, str(error.strerror), errno=error.errno or errno.ENOENT
             ) from error
 
-    def _check_not_overtaken(self) -> None:
+    def _check_not_overtaken(self) -> list[int]:
+        """Where the two copies are to be written, in this order: never over the only good one,
+        or a power failure in the middle of that would leave none.
+        """
         seen, ours = [], False
         problem: OSError | None = None
+        newest = dict.fromkeys(SUPERBLOCK_OFFSETS, -1)
         for offset in SUPERBLOCK_OFFSETS:
             try:
                 data = self.backing.read(offset, SUPERBLOCK_SIZE)
                 if data == self._on_disk:
-                    ours = True
+                    ours, newest[offset] = True, self.superblock.generation
                 else:
                     seen.append(decode(data))
+                    newest[offset] = seen[-1].generation
             except OSError as error:
                 problem = error
             except FormatError:
                 continue  # One bad copy: the write to come heals it.
+        if self._doubtful is not None:
+            newest[self._doubtful] = -1  # What was read may be in the host's cache only.
+        order = sorted(SUPERBLOCK_OFFSETS, key=lambda offset: newest[offset])
         if self._formatting:
-            return
+            return order
         for found in seen:
             if (
                 found.volume_id != self.superblock.volume_id
@@ -257,6 +269,7 @@ class DiffArea:
             raise FaultError(
                 FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "both superblocks have been overwritten"
             )
+        return order
 
     def _sync(self) -> None:
         # One sync at a time, and a failure marks all: Linux reports a lost page to one caller
