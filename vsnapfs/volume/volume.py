@@ -337,7 +337,7 @@ class Volume:
                 return [f"volume {self.core.name} is already online"]
             warnings = await self._bring_back()
             await self._continue_restore()
-            if not self.protection.is_online:
+            if self.protection.state == "offline":
                 fault = self.protection.fault
                 raise VsnapError(
                     f"volume {self.core.name} is offline again: "
