@@ -85,7 +85,7 @@ class Narrator:
         self._out.print()
         self._out.print(Text.assemble((f"{prompt} ", "green"), (command, "bold")), soft_wrap=True)
         self._out.file.flush()  # on a pipe too: what is being waited for is on the screen
-        self._wait(0.8)
+        self._wait(0.5)
 
     def output(self, output: str) -> None:
         """What a command printed."""
@@ -101,7 +101,7 @@ class Narrator:
         else:
             for line in lines:
                 self._out.print(Text(f"  {line}"), soft_wrap=True)
-        self._wait(min(_LONGEST / 2, 0.4 + len(shown) / 160))
+        self._wait(min(_LONGEST / 2, 0.3 + len(shown) / 220))
 
     def exit_code(self, code: int) -> None:
         """A command did not end with 0, which may be just what was wanted."""
@@ -110,7 +110,7 @@ class Narrator:
     def proof(self, told: str) -> None:
         """Something that was claimed and has been proved."""
         self._out.print(Text(f"  ✔ {told}", style="bold green"))
-        self._wait(0.8)
+        self._wait(0.5)
 
     def note(self, told: str) -> None:
         """A remark beside the story."""
@@ -137,12 +137,19 @@ class Narrator:
         if not self._pauses:
             return
         self._out.file.flush()
-        # Reading the terminal from the background would stop the whole process.
-        if sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+        if _at_the_keyboard():
             if select.select([sys.stdin], [], [], seconds)[0]:
                 sys.stdin.readline()
         else:
             time.sleep(seconds)
+
+
+def _at_the_keyboard() -> bool:
+    """Whether Enter can reach us. From the background, reading would stop the whole process."""
+    try:
+        return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (AttributeError, ValueError, OSError):
+        return False  # no stdin at all, a closed one, or another session's terminal
 
 
 def folded(text: str, width: int) -> str:
