@@ -117,7 +117,9 @@ class Volume:
     ) -> Volume:
         """The second half of `open`: judge what was found. Tests start here."""
         volume = cls(opened, mountpoint)
-        changed = check_replica(opened.core, accept_changed_replica)
+        # With a fault found at open (an old diff area put back, say) what the superblock says of
+        # the replica is no reason to doubt the replica, and the volume is offline anyway.
+        changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             volume.warnings.append(changed)
         await volume._judge(opened)
