@@ -82,6 +82,14 @@ def errno_of(call: Callable[..., Any], *args: Any) -> int:
     return 0
 
 
+def write_all(fd: int, data: bytes, offset: int = 0) -> None:
+    """Write, also what the kernel divides into several requests. OSError from the first refused."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
 def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes:
     """The bytes of a file past the page cache, so that what comes is what the server says."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -90,7 +98,8 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
         left = os.fstat(fd).st_size - offset if length is None else length
         with mmap.mmap(-1, MIB) as buffer:
             while left > 0:
-                count = os.preadv(fd, [buffer], offset)
+                with memoryview(buffer)[: min(left + -left % 512, MIB)] as view:
+                    count = os.preadv(fd, [view], offset)
                 assert count > 0, f"{path} ends at {offset}"
                 parts.append(buffer[: min(count, left)])
                 offset += count
@@ -197,7 +206,7 @@ class Rig:
     def write(self, offset: int, data: bytes) -> None:
         """Write to the live volume through a handle of its own."""
         with self.opened() as fd:
-            assert os.pwrite(fd, data, offset) == len(data)
+            write_all(fd, data, offset)
 
     @contextmanager
     def opened(self, flags: int = os.O_RDWR) -> Iterator[int]:

@@ -14,6 +14,7 @@ each thread had come, and the image is right if and only if
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
 import struct
@@ -50,22 +51,35 @@ class _Log:
     failed: OSError | None = None
 
 
-def nasty_extents(start: int, end: int, rng: random.Random, largest: int) -> list[Extent]:
-    """Extents that fill `start` to `end` with lengths and offsets of every kind."""
+def nasty_extents(
+    start: int, end: int, rng: random.Random, largest: int, unit: int = 1
+) -> list[Extent]:
+    """Extents that fill `start` to `end` with lengths and offsets of every kind.
+
+    unit: offsets and lengths are multiples of it (a device's sector), as `start` and `end` are.
+    """
     found: list[Extent] = []
     while end - start >= 512:
         kind = rng.choice((512, 4096, 16384, largest, rng.randrange(512, largest)))
-        length = min(kind, end - start)
+        length = min(kind - kind % unit, end - start)
         found.append(Extent(len(found), start, length))
-        start += length + rng.choice((0, 0, 1, 511))
+        gap = rng.choice((0, 0, 1, 511, 512))
+        start += length + gap - gap % unit
     return found
 
 
 class Stamper:
-    """Writes to `path` until it is stopped or the file fails. `seed` repeats its choices."""
+    """Writes to `path` until it is stopped or the file fails. `seed` repeats its choices.
 
-    def __init__(self, path: Path, extents: list[Extent], threads: int, seed: int) -> None:
+    direct: with O_DIRECT, as a loop device needs it to see each write at once. There, unlike on
+    one file of FUSE, the writes of several threads really are under way at the same time.
+    """
+
+    def __init__(
+        self, path: Path, extents: list[Extent], threads: int, seed: int, *, direct: bool = False
+    ) -> None:
         self._path = path
+        self._flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         self._seed = seed
         self._clock = itertools.count(1)
         self._round = 0
@@ -99,14 +113,18 @@ class Stamper:
         log = self._logs[number]
         rng = random.Random(f"{self._seed}/{self._round}/{number}")
         try:
-            fd = os.open(self._path, os.O_RDWR)
+            fd = os.open(self._path, self._flags)
         except OSError as error:
             log.failed = error
             return
+        # Memory that is aligned, which O_DIRECT asks for.
+        memory = mmap.mmap(-1, max(extent.length for extent in log.extents))
+        buffer = memoryview(memory)
         try:
             while not self._stop.is_set():
                 extent = rng.choice(log.extents)
-                data = self._stamp(number, extent, len(log.writes) + 1)
+                data = buffer[: extent.length]
+                data[:] = self._stamp(number, extent, len(log.writes) + 1)
                 write = _Write(extent.number, next(self._clock))
                 log.writes.append(write)
                 assert os.pwrite(fd, data, extent.offset) == extent.length
