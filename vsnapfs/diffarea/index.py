@@ -173,6 +173,13 @@ class Index:
         keys, slots = self._everything()
         return keys >> np.uint64(EPOCH_BITS), keys & np.uint64(_EPOCH_MASK), slots
 
+    def living(self, points: Sequence[int]) -> tuple[Keys, npt.NDArray[np.uint64], Slots]:
+        """`everything`, but only the copies that the live `points` (ascending) can read."""
+        keys, slots = self._everything()
+        kept = live_copies(keys, points)
+        keys = keys[kept]
+        return keys >> np.uint64(EPOCH_BITS), keys & np.uint64(_EPOCH_MASK), slots[kept]
+
     def live_slots(self, points: Sequence[int]) -> Slots:
         """The slots that the live `points` (ascending) can read."""
         keys, slots = self._everything()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from ..errors import FormatError
 from .area import DiffArea
 from .descriptors import sector_is_valid
@@ -41,18 +43,11 @@ class Verification:
         self.done = 0
         layout = area.layout
         self._groups = layout.groups_of(len(area.slots))
-        blocks, epochs, slots = area.index.everything()
-        live = set(area.index.live_slots(live_points()).tolist())
-        # In the order of the disk: one pass from front to back.
-        self._copies = sorted(
-            (
-                (int(b), int(e), int(s))
-                for b, e, s in zip(blocks, epochs, slots, strict=True)
-                if int(s) in live
-            ),
-            key=lambda copy: copy[2],
-        )
-        self.total = layout.metadata_size(len(area.slots)) + len(self._copies) * layout.block_size
+        blocks, epochs, slots = area.index.living(live_points())
+        # In the order of the disk: one pass from front to back. Arrays: writes wait meanwhile.
+        order = np.argsort(slots)
+        self._copies = blocks[order], epochs[order], slots[order]
+        self.total = layout.metadata_size(len(area.slots)) + len(order) * layout.block_size
 
     def steps(self) -> Iterator[Callable[[], None]]:
         """The work, piece by piece."""
@@ -60,8 +55,9 @@ class Verification:
         for group in range(self._groups):
             yield lambda group=group: self._check_tables(group)  # type: ignore[misc]
         count = max(1, _STEP // self._area.layout.block_size)
-        for start in range(0, len(self._copies), count):
-            part = self._copies[start : start + count]
+        for start in range(0, len(self._copies[0]), count):
+            columns = [column[start : start + count].tolist() for column in self._copies]
+            part = list(zip(*columns, strict=True))
             yield lambda part=part: self._check_copies(part)  # type: ignore[misc]
 
     def _check_superblocks(self) -> None:

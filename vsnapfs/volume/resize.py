@@ -129,11 +129,9 @@ class Resize:
         core = self._core
         async with core.area_lock:
             blocks, epochs, slots = await in_thread(area.index.everything)
-        where = {
-            int(slot): (int(block), int(epoch))
-            for block, epoch, slot in zip(blocks, epochs, slots, strict=True)
-            if slot >= target
-        }
+        high_up = slots >= target
+        copies = zip(blocks[high_up].tolist(), epochs[high_up].tolist(), strict=True)
+        where = dict(zip(slots[high_up].tolist(), copies, strict=True))
         todo = area.slots.taken_from(target)
         for start in range(0, len(todo), _AT_ONCE):
             async with core.area_lock:
