@@ -87,8 +87,10 @@ def _check_fuse() -> None:
     except OSError as error:
         raise VsnapError(
             f"{DEVICE} cannot be opened: {error.strerror}",
-            hint=hint, errno=error.errno or errno.EIO, code="no-fuse",
-        ) from None  # fmt: skip
+            hint=f"Run as root, or let your user read and write {DEVICE} (usually mode 0666).",
+            errno=error.errno or errno.EIO,
+            code="no-fuse",
+        ) from None
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         raise VsnapError(
             "fusermount3 is missing, which only root can mount without",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import mmap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import trio
 import xxhash
@@ -96,6 +97,16 @@ class Writer:
         try:
             await self._core.mark_in_use()
         except FaultError as error:
+            if self._core.config.on_full == "evict":
+                try:
+                    await self._room.give_up_all(14, error.message)
+                except FaultError as failure:
+                    error = failure
+                else:
+                    # Not tried again for each write: without points nothing depends on it.
+                    area = self._core.need_area()
+                    area.superblock = replace(area.superblock, clean=False)
+                    return
             await self._protection.trip(error, offset=offset, length=length)
             raise await self._protection.refuse() from error
 
@@ -163,6 +174,9 @@ class Writer:
         except FaultError as error:
             batch.error = error
             area.slots.release(batch.slots)
+        except Exception as error:  # noqa: BLE001 - W2: nobody may take this for a success
+            area.unknown_slots += tuple(batch.slots)
+            batch.error = _unexpected(error, batch.blocks[0])
         else:
             try:
                 self._record(area, batch)
