@@ -109,6 +109,9 @@ class FaultCode(IntEnum):
         return 79 + self.value
 
 
+_LARGEST = (2**63 - 1, 2**31 - 1)  # any number of a fault; its errno
+
+
 @dataclass(frozen=True)
 class Fault:
     """Why a copy could not be made, with everything Windows' own events leave out.
@@ -149,10 +152,26 @@ class Fault:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Fault:
-        """The inverse of `to_json`. ValueError or KeyError when it is no fault."""
+        """The inverse of `to_json`. ValueError, KeyError or TypeError when it is no fault.
+
+        It comes from disk: nothing of another type or an impossible size gets any further.
+        """
+        if not isinstance(data, dict):
+            raise TypeError("a fault is an object")
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in data.items() if key in known}
-        return cls(**kept | {"code": FaultCode(data["code"])})
+        fault = cls(**kept | {"code": FaultCode(data["code"])})
+        for name in known - {"code"}:
+            value = getattr(fault, name)
+            if name in ("message", "diff_area"):
+                good = isinstance(value, str) or (value is None and name == "diff_area")
+            elif value is None:
+                good = name not in ("errno", "time")
+            else:
+                good = type(value) is int and 0 <= value <= _LARGEST[name == "errno"]
+            if not good:
+                raise ValueError(f"a fault's {name} cannot be {value!r:.40}")
+        return fault
 
 
 class FaultError(Exception):

@@ -37,6 +37,7 @@ from .descriptors import (
 from .index import Index
 from .layout import (
     MAX_AREA_SIZE,
+    MAX_COUNTER,
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
     SLOTS_PER_SECTOR,
@@ -54,18 +55,23 @@ _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
 class DiffArea:
     """One open diff area. `recovery.open_area` makes one from disk, `format` a new one."""
 
-    def __init__(self, backing: Backing, superblock: Superblock) -> None:
+    def __init__(self, backing: Backing, superblock: Superblock, slots: int | None = None) -> None:
+        """slots: how many there are, if not as many as `superblock` says (a truncated file)."""
         self.backing = backing
         self.superblock = superblock
         self.layout = Layout(superblock.block_size)
         self.area_id = area_id_of(superblock.volume_id)
-        self.slots = SlotMap(self.layout.slots_in(superblock.allocated))
+        count = self.layout.slots_in(superblock.allocated) if slots is None else slots
+        self.slots = SlotMap(count)
         self.index = Index()
         #: Sectors of which both copies are bad. While there are any, a read that could depend
         #: on them is EIO (`may_trust`), and the volume is offline by fault 3.
         self.damaged_sectors: tuple[int, ...] = ()
         #: Slots described by damaged sectors: perhaps in use, never to be given out.
         self.unknown_slots: tuple[int, ...] = ()
+        #: An old copy of the area has been put in its place (fault 15 at open): blocks may have
+        #: been overwritten since, copies that it knows nothing of may exist. Nothing is written.
+        self.is_old = False
         self.barrier_number = superblock.barrier
         self._generations = {superblock.generation}
         self._on_disk = b""  # what the last commit wrote: comparing is faster than decoding
@@ -179,6 +185,7 @@ class DiffArea:
         stays as it was, though the disk may already hold the new state in one copy.
         """
         self.check_present()
+        self._refuse_if_old()
         offsets = self._check_not_overtaken()
         changes.setdefault("clean", False)
         wanted = replace(
@@ -224,6 +231,13 @@ class DiffArea:
             raise FaultError(
                 FaultCode.DIFF_AREA_REMOVED, str(error.strerror), errno=error.errno or errno.ENOENT
             ) from error
+
+    def _refuse_if_old(self) -> None:
+        # A commit would give it a generation that looks new at the next opening.
+        if self.is_old:
+            raise FaultError(
+                FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "it is an old copy of the diff area"
+            )
 
     def _check_not_overtaken(self) -> list[int]:
         """Where the two copies are to be written, in this order: never over the only good one,
@@ -317,6 +331,7 @@ class DiffArea:
         (an earlier commit failed, and this one too).
         """
         self.check_present()
+        self._refuse_if_old()
         if self._suspects:
             raise FaultError(FaultCode.COW_WRITE_FAILURE, "an earlier barrier has failed")
         if self.in_doubt:
@@ -324,6 +339,8 @@ class DiffArea:
             # (a smaller area, a deleted point).
             self.commit()
         number = self.barrier_number + 1
+        if number > MAX_COUNTER:
+            raise FaultError(FaultCode.META_DATA_CORRUPTION, "its barrier number is impossible")
         grouped: dict[int, list[tuple[int, Descriptor | None]]] = {}
         for slot, descriptor in changes.items():
             sector, place = divmod(slot, SLOTS_PER_SECTOR)
@@ -411,10 +428,10 @@ class DiffArea:
     def may_trust(self, point: int, epoch: int | None) -> bool:
         """Whether a lookup of `point` that found a copy of `epoch` (None: none) is proven.
 
-        With a descriptor sector lost, a copy in the point's own epoch is still the right one;
-        anything else could be overruled by a descriptor we cannot see.
+        With a descriptor sector lost, or in an old copy of the area, a copy in the point's own
+        epoch is still the right one; anything else could be overruled by one we cannot see.
         """
-        return not self.damaged_sectors or epoch == point
+        return epoch == point or not (self.damaged_sectors or self.is_old)
 
     def read_copies(self, wanted: Sequence[tuple[int, int, int]]) -> list[Bytes | None]:
         """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1)."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from .layout import SECTOR_SIZE, SLOTS_PER_SECTOR
+from .layout import MAX_COUNTER, SECTOR_SIZE, SLOTS_PER_SECTOR
 
 HEAD = struct.Struct("<QQQII")  # checksum, area id, barrier, sector number, fresh mask
 ENTRY = struct.Struct("<QQII")  # content hash, block | IN_USE, epoch, reserved
@@ -96,10 +96,11 @@ class SectorImage:
 
 def sector_is_valid(data: memoryview, area_id: int, sector: int) -> bool:
     """True if `data` (512 bytes) is sector number `sector` of this area, unharmed."""
-    check, area, _, number, _ = HEAD.unpack_from(data)
+    check, area, barrier, number, _ = HEAD.unpack_from(data)
     return (
         number == sector
         and area == area_id
+        and barrier <= MAX_COUNTER
         and bool(check == xxhash.xxh3_64_intdigest(data[8:SECTOR_SIZE]))
     )
 

@@ -37,6 +37,8 @@ MAX_POINTS = 512
 MAX_SLOTS = 2**32 - 1
 MAX_REPLICA_SIZE = 64 * KIB**4
 MAX_AREA_SIZE = 64 * KIB**4
+#: Generations and barriers count up from 0; what is beyond it was never counted, but forged.
+MAX_COUNTER = 2**63 - 1
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 Owns the scan. Promises:
 
-* after a clean close nothing is written, and only one copy of each table is read;
+* after a clean close nothing is written, unless a structure must be healed from its twin. Both
+  copies of each table are read all the same: a disk that lost a write, or an old table put back,
+  shows a sector that is valid but older than its twin;
 * after an unclean stop the descriptors of the newest barrier, and only those, are checked
   against their blocks; one that fails is dropped only if that is provably harmless (the same
   copy lies in another slot, or the replica still holds the content the descriptor names, so the
   block was never overwritten). Otherwise it is kept and reads of it are EIO;
-* a damaged sector is healed from its twin; if both are bad it is reported, never guessed.
+* a damaged sector is healed from its twin; if both are bad it is reported, never guessed;
+* time and memory are bounded by the size of the file, whatever the superblock claims.
 
 Leaves the decision what a damaged area means for the volume to `volume`.
 """
@@ -15,7 +18,10 @@ Leaves the decision what a damaged area means for the volume to `volume`.
 from __future__ import annotations
 
 import errno
+import heapq
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,19 +42,26 @@ from .layout import (
     HEADER_SIZE,
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
+    SLOTS_PER_GROUP,
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
     SUPERBLOCK_SIZE,
     TABLE_SIZE,
+    Layout,
 )
 from .superblock import Superblock, decode
+
+#: With more bad sectors (32 MiB of descriptors) the area is not opened: nothing much is left.
+_MOST_DAMAGED = 1 << 16
+_MOST_PROBLEMS = 1000
 
 
 @dataclass
 class Report:
     """What opening found. Counts of copies (kept, dropped, damaged) concern the newest barrier.
 
-    healed: what was brought back from its twin, in words. unclean: no clean close before.
+    healed: what was brought back from its twin, in words; rot: each structure among it that was
+    bad (not just older), as `verify` describes problems. unclean: no clean close before.
     """
 
     unclean: bool = False
@@ -57,6 +70,7 @@ class Report:
     dropped: int = 0
     damaged: int = 0
     healed: list[str] = field(default_factory=list)
+    rot: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -65,12 +79,16 @@ def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
 
     FormatError as `read_superblocks`.
     """
-    found, notes = read_superblocks(backing)
+    found, notes, _ = read_superblocks(backing)
     return found[0], notes
 
 
-def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
+def read_superblocks(
+    backing: Backing,
+) -> tuple[list[Superblock], list[str], list[dict[str, Any]]]:
     """The one or two valid superblocks, newest first, and what was wrong with a copy, if anything.
+
+    That first in words, then, if it was bad and not just older, as `verify` describes it.
 
     FormatError if there is none; its `code` tells a foreign file ("not-a-diff-area",
     "foreign-version", "truncated") from a rotted one ("checksum", "inconsistent"). OSError if
@@ -83,13 +101,17 @@ def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
     found: list[Superblock] = []
     errors: list[FormatError] = []
     unreadable: OSError | None = None
-    for offset in SUPERBLOCK_OFFSETS:
+    rot: list[dict[str, Any]] = []
+    for copy, offset in enumerate(SUPERBLOCK_OFFSETS):
+        where = {"what": "superblock", "copy": copy, "offset": offset}
         try:
             found.append(decode(backing.read(offset, SUPERBLOCK_SIZE)))
         except FormatError as error:
             errors.append(error)
+            rot.append(where | {"message": error.message})
         except OSError as error:
             unreadable = error
+            rot.append(where | {"message": f"it could not be read ({error.strerror})"})
     if not found and unreadable is not None:
         raise unreadable
     if not found:
@@ -103,7 +125,7 @@ def read_superblocks(backing: Backing) -> tuple[list[Superblock], list[str]]:
         notes.append(f"superblock copy: it could not be read ({unreadable.strerror})")
     if len(found) == 2 and found[0].generation != found[1].generation:
         notes.append("superblock copy: one generation behind")
-    return found, notes
+    return found, notes, rot
 
 
 def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[DiffArea, Report]:
@@ -114,7 +136,7 @@ def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[Dif
     `DiffArea.damaged_sectors` and in the report's `problems`.
     """
     try:
-        found, notes = read_superblocks(backing)
+        found, notes, rot = read_superblocks(backing)
         superblock = found[0]
         if superblock.volume_id != volume_id:
             raise FormatError(
@@ -123,6 +145,7 @@ def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[Dif
                 code="other-volume",
             )
         scan = _Scan(backing, replica, superblock, notes)
+        scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
         scan.area.know_generations(copy.generation for copy in found)
         return scan.run()
@@ -141,7 +164,14 @@ class _Scan:
         self.backing = backing
         self.replica = replica
         self.superblock = superblock
-        self.area = DiffArea(backing, superblock)
+        # Of a truncated file only the groups that begin in it are looked at: the superblock may
+        # claim terabytes.
+        layout = Layout(superblock.block_size)
+        groups = -(-max(0, backing.size() - HEADER_SIZE) // layout.group_size)
+        claimed = layout.slots_in(superblock.allocated)
+        present = min(claimed, groups * SLOTS_PER_GROUP)
+        self.area = DiffArea(backing, superblock, present)
+        self.is_cut = present < claimed
         self.report = Report(unclean=not superblock.clean, healed=notes)
         self.heal: dict[int, SectorImage] = {}
         self.damaged: list[int] = []
@@ -163,8 +193,12 @@ class _Scan:
         if report.unclean and len(tables):
             keep = self._check_newest(tables, blocks, epochs, slots)
             blocks, epochs, slots = blocks[keep], epochs[keep], slots[keep]
+        if self.is_cut:  # The first of those that are gone stands for all of them.
+            self.damaged.append(-(-len(area.slots) // SLOTS_PER_SECTOR))
         area.damaged_sectors = tuple(self.damaged)
-        report.problems += [f"descriptor sector {s}: both copies are bad" for s in self.damaged]
+        report.problems += [
+            f"descriptor sector {s}: both copies are bad" for s in self.damaged[:_MOST_PROBLEMS]
+        ]
         # Of two copies of one block and epoch (a shrink was interrupted) the lower slot stays:
         # `make_run` sorts stably and `slots` ascends.
         area.index = Index(make_run(blocks, epochs, slots.astype(np.uint32)))
@@ -186,9 +220,7 @@ class _Scan:
         parts: list[npt.NDArray[np.void]] = []
         for group in range(layout.groups_of(len(self.area.slots))):
             first, twin = layout.table_offsets(group)
-            table = self._read_table(first)
-            if self.report.unclean or not self._is_whole(group, table):
-                table = self._choose(group, table, self._read_table(twin))
+            table = self._choose(group, self._read_table(first), self._read_table(twin))
             parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
         if not parts:
             return np.empty(0, dtype=SECTOR_DTYPE)
@@ -211,15 +243,6 @@ class _Scan:
                 table[start : start + SECTOR_SIZE] = part
             return table
 
-    def _is_whole(self, group: int, table: bytearray) -> bool:
-        view, first = memoryview(table), group * SECTORS_PER_GROUP
-        return all(
-            sector_is_valid(
-                view[i * SECTOR_SIZE : (i + 1) * SECTOR_SIZE], self.area.area_id, first + i
-            )
-            for i in range(SECTORS_PER_GROUP)
-        )
-
     def _choose(self, group: int, first: bytearray, twin: bytearray) -> bytearray:
         """The newest valid copy of each sector of a group."""
         area_id, same = self.area.area_id, first == twin
@@ -236,15 +259,28 @@ class _Scan:
             if not good and not twin_good:
                 self._lost(sector, view[part])
                 continue
+            if not (good and twin_good):
+                self._note_rot(sector, int(good))
             newer = SectorImage(twin[part]).barrier > SectorImage(first[part]).barrier
             if twin_good and (not good or newer):
                 view[part] = other[part]
             self.heal[sector] = SectorImage(bytearray(view[part]))
         return first
 
+    def _note_rot(self, sector: int, copy: int) -> None:
+        where = {"what": "descriptor sector", "sector": sector, "copy": copy}
+        offset = self.area.layout.sector_offsets(sector)[copy]
+        message = "one of its two copies is bad; the other one serves"
+        self.report.rot.append(where | {"offset": offset, "message": message})
+
     def _lost(self, sector: int, part: memoryview) -> None:
         if sector * SLOTS_PER_SECTOR < len(self.area.slots):
             self.damaged.append(sector)
+            if len(self.damaged) > _MOST_DAMAGED:
+                raise FaultError(
+                    FaultCode.META_DATA_CORRUPTION,
+                    f"more than {_MOST_DAMAGED} descriptor sectors are bad in both copies",
+                )
         part[:] = bytes(SECTOR_SIZE)
 
     def _descriptors(
@@ -278,24 +314,29 @@ class _Scan:
             mask = int(tables["fresh"][sector])
             base = int(sector) * SLOTS_PER_SECTOR
             fresh.update(base + place for place in range(SLOTS_PER_SECTOR) if mask >> place & 1)
+        failing: list[tuple[int, int]] = []
         for where in np.flatnonzero(np.isin(slots, np.array(sorted(fresh), dtype=np.uint64))):
-            slot, block, epoch = int(slots[where]), int(blocks[where]), int(epochs[where])
-            wanted = int(tables["entries"].reshape(-1)[slot]["hash"])
-            if self._hash_of_slot(slot) == wanted:
+            wanted = int(tables["entries"].reshape(-1)[int(slots[where])]["hash"])
+            if self._hash_of_slot(int(slots[where])) == wanted:
                 self.report.kept += 1
-                continue
-            same = (blocks == block) & keep
-            twin = same & (epochs == epoch)
+            else:
+                failing.append((int(where), wanted))
+        others = _Kept(blocks, epochs, [row for row, _ in failing])
+        for row, wanted in failing:
+            slot, block, epoch = int(slots[row]), int(blocks[row]), int(epochs[row])
             # With a copy in a later epoch (this one was being moved) a reader would not fall
             # through to the replica, whatever that holds.
-            last = not (same & (epochs > epoch)).any()
-            if int(twin.sum()) > 1 or (last and self._hash_of_replica(block) == wanted):
-                keep[where] = False
+            last = others.newest(block) == epoch
+            if others.count(block, epoch) > 1 or (last and self._hash_of_replica(block) == wanted):
+                keep[row] = False
+                others.remove(block, epoch)
                 self.report.dropped += 1
                 self._clear(slot, tables)
             else:
                 self.report.damaged += 1
-                self.report.problems.append(f"block {block} of epoch {epoch}: its copy is damaged")
+                if len(self.report.problems) < _MOST_PROBLEMS:
+                    text = f"block {block} of epoch {epoch}: its copy is damaged"
+                    self.report.problems.append(text)
         return keep
 
     def _hash_of_slot(self, slot: int) -> int | None:
@@ -335,3 +376,35 @@ class _Scan:
         ]
         self.area.unknown_slots = tuple(lost)
         self.area.slots.take(np.array(lost, dtype=np.uint32))
+
+
+class _Kept:
+    """How many copies of some blocks are kept, by epoch. Asking costs the same for any number."""
+
+    def __init__(
+        self, blocks: npt.NDArray[np.uint64], epochs: npt.NDArray[np.uint64], rows: list[int]
+    ) -> None:
+        self._counts: dict[int, Counter[int]] = {}
+        self._newest: dict[int, list[int]] = {}  # heaps of negative epochs
+        chosen = np.isin(blocks, blocks[rows])
+        pairs = zip(blocks[chosen].tolist(), epochs[chosen].tolist(), strict=True)
+        for block, epoch in pairs:
+            self._counts.setdefault(block, Counter())[epoch] += 1
+        for block, counts in self._counts.items():
+            self._newest[block] = [-epoch for epoch in counts]
+            heapq.heapify(self._newest[block])
+
+    def count(self, block: int, epoch: int) -> int:
+        """How many copies of `block` are kept for `epoch`."""
+        return self._counts[block][epoch]
+
+    def newest(self, block: int) -> int:
+        """The latest epoch that has a copy of `block`, which has one."""
+        heap, counts = self._newest[block], self._counts[block]
+        while not counts[-heap[0]]:
+            heapq.heappop(heap)
+        return -heap[0]
+
+    def remove(self, block: int, epoch: int) -> None:
+        """A copy is not kept any more."""
+        self._counts[block][epoch] -= 1

@@ -18,6 +18,7 @@ from ..errors import Fault, FormatError
 from .layout import (
     HEADER_SIZE,
     MAX_AREA_SIZE,
+    MAX_COUNTER,
     MAX_POINTS,
     MAX_REPLICA_SIZE,
     SLOTS_PER_GROUP,
@@ -172,6 +173,9 @@ def check(superblock: Superblock) -> None:
     _demand(numbers == sorted(set(numbers)), "order of the points")
     _demand(not numbers or 0 < numbers[0] <= numbers[-1] <= superblock.epoch, "point numbers")
     _demand(superblock.restoring in (0, *numbers), "point being restored")
+    _demand(superblock.generation <= MAX_COUNTER, "generation")
+    _demand(superblock.barrier <= MAX_COUNTER, "barrier")
+    _demand(all(len(point.label.encode()) <= MAX_LABEL for point in superblock.points), "label")
 
 
 def _demand(condition: bool, what: str) -> None:
@@ -183,7 +187,11 @@ def _decode_point(view: memoryview, index: int) -> RecoveryPoint:
     offset = _CATALOG_OFFSET + index * _ENTRY.size
     number, length, created_ns, label = _ENTRY.unpack_from(view, offset)
     _demand(length <= MAX_LABEL, "label")
-    return RecoveryPoint(number, created_ns, label[:length].decode(errors="replace"))
+    try:
+        # Replacing what is no UTF-8 would make the label longer than the next commit has room for.
+        return RecoveryPoint(number, created_ns, label[:length].decode())
+    except UnicodeDecodeError:
+        raise FormatError("the superblock is inconsistent (label)", code="inconsistent") from None
 
 
 def _decode_fault(view: memoryview) -> Fault | None:
@@ -194,5 +202,5 @@ def _decode_fault(view: memoryview) -> Fault | None:
     text = bytes(view[_FAULT_OFFSET + 4 : _FAULT_OFFSET + 4 + length])
     try:
         return Fault.from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError("the superblock's fault record cannot be read") from None

@@ -197,6 +197,7 @@ def _open_area(
 def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
     superblock = area.superblock
     if superblock.generation < saved.generation:
+        area.is_old = True
         return FaultError(
             FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
             f"the diff area is at generation {superblock.generation}, "

@@ -17,6 +17,8 @@ from typing import Any
 import xxhash
 
 from ..backing import Backing
+from ..diffarea.layout import MAX_AREA_SIZE, MAX_BLOCK_SIZE, MAX_COUNTER, is_block_size
+from ..diffarea.superblock import MAX_POINT_NUMBER
 from ..errors import Fault, FormatError
 
 COPY_SIZE = 4096
@@ -57,17 +59,42 @@ class StateFile:
 
     def load(self) -> SavedState:
         """The newest valid copy. FormatError if there is none; OSError if it cannot be read."""
-        found: list[tuple[int, SavedState]] = []
-        for copy in (0, 1):
-            if self.backing.size() >= (copy + 1) * COPY_SIZE:
-                data = bytes(self.backing.read(copy * COPY_SIZE, COPY_SIZE))
-                decoded = _decode(data, self._volume_id)
-                if decoded:
-                    found.append(decoded)
+        copies, problem = self._read()
+        found = [copy for copy in copies if copy is not None]
+        if not found and problem is not None:
+            raise problem
         if not found:
             raise FormatError(f"{self.backing.path} holds no valid state of this volume")
         self._sequence, state = max(found, key=lambda pair: pair[0])
         return state
+
+    def check(self) -> list[tuple[int, str]]:
+        """(offset, what is wrong with it) of each copy that is not valid or not the newest."""
+        copies, problem = self._read()
+        newest = max((copy[0] for copy in copies if copy is not None), default=0)
+        wrong: list[tuple[int, str]] = []
+        for number, copy in enumerate(copies):
+            if copy is None:
+                reason = f" ({problem.strerror or problem})" if problem else ""
+                wrong.append((number * COPY_SIZE, f"is not valid{reason}"))
+            elif copy[0] != newest:
+                wrong.append((number * COPY_SIZE, "is older than the other one"))
+        return wrong
+
+    def _read(self) -> tuple[list[tuple[int, SavedState] | None], OSError | None]:
+        """Both copies (None: not valid), and why one could not be read, if so."""
+        copies: list[tuple[int, SavedState] | None] = []
+        problem: OSError | None = None
+        for copy in (0, 1):
+            decoded = None
+            try:
+                if self.backing.size() >= (copy + 1) * COPY_SIZE:
+                    data = bytes(self.backing.read(copy * COPY_SIZE, COPY_SIZE))
+                    decoded = _decode(data, self._volume_id)
+            except OSError as error:
+                problem = error
+            copies.append(decoded)
+        return copies, problem
 
     def save(self, state: SavedState) -> None:
         """Write both copies, each synced. OSError when that fails."""
@@ -142,6 +169,25 @@ def _decode(data: bytes, volume_id: bytes) -> tuple[int, SavedState] | None:
     try:
         fields = json.loads(data[_HEAD.size : _HEAD.size + length])
         fault = Fault.from_json(fields["fault"]) if fields["fault"] else None
-        return sequence, SavedState(**fields | {"fault": fault})
-    except (ValueError, KeyError, TypeError):
+        state = SavedState(**fields | {"fault": fault})
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return (sequence, state) if sequence <= MAX_COUNTER and _is_possible(state) else None
+
+
+def _is_possible(state: SavedState) -> bool:
+    """Whether the engine can work with these numbers: a right checksum does not make them right."""
+    limits = {
+        "given_up": MAX_POINT_NUMBER,
+        "maximum": MAX_AREA_SIZE,
+        "block_size": MAX_BLOCK_SIZE,
+        "epoch": MAX_POINT_NUMBER,
+        "generation": MAX_COUNTER,
+    }
+    values: dict[str, Any] = vars(state)
+    numbers = {name: values[name] for name in limits}
+    return (
+        type(values["offline"]) is bool
+        and all(type(value) is int and 0 <= value <= limits[n] for n, value in numbers.items())
+        and (state.block_size == 0 or is_block_size(state.block_size))
+    )
