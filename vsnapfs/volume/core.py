@@ -54,10 +54,26 @@ class Log(Protocol):
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run blocking I/O in a worker thread, to its end: a cancellation waits until it is done."""
+    """Run blocking I/O in a worker thread, to its end: a cancellation waits until it is done.
+
+    Where there is no memory for another thread it is done here and now: slow, but a fault can
+    still be written down and no write is left half way.
+    """
+    started = False
+
+    def work() -> T:
+        nonlocal started
+        started = True
+        return function(*args)
+
     result: T
     with trio.CancelScope(shield=True):
-        result = await trio.to_thread.run_sync(function, *args)
+        try:
+            result = await trio.to_thread.run_sync(work)
+        except (RuntimeError, MemoryError):
+            if started:
+                raise
+            result = work()
     return result
 
 
