@@ -352,18 +352,26 @@ def fill(path: Path) -> int:
 
 
 class Fio:
-    """One run of fio with JSON output. Options in fio's own words, _ for -."""
+    """One run of fio with JSON output. Options in fio's own words, _ for -.
 
-    def __init__(self, work: Path, name: str = "job", **options: object) -> None:
+    within: a cgroup to run in.
+    """
+
+    def __init__(
+        self, work: Path, name: str = "job", *, within: Path | None = None, **options: object
+    ) -> None:
         self._work = work
         self._output = work / f"{name}.json"
         self._output.unlink(missing_ok=True)
         self._errors = work / f"{name}.err"
         words = [f"--{key.rstrip('_')}={value}" for key, value in options.items()]
+        # The shell goes there itself, then becomes fio.
+        enter = f'echo $$ > "{within}/cgroup.procs" && ' if within else ""
+        start = ["sh", "-c", f'{enter}exec fio "$@"', "fio"]
         with self._errors.open("wb") as errors:
             # --thread: one process, so that one SIGSTOP stops all of it.
             self.process = subprocess.Popen(
-                ["fio", "--thread", f"--name={name}", *words, "--output-format=json",
+                [*start, "--thread", f"--name={name}", *words, "--output-format=json",
                  f"--output={self._output}"],
                 cwd=work, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
             )  # fmt: skip
