@@ -167,7 +167,11 @@ def set_nocow(fd: int) -> bool:
 
 def _open_locked(path: Path, *, follow: bool) -> tuple[int, bool]:
     """(descriptor, is it a block device), opened read-write and locked."""
-    is_device = stat.S_ISBLK(os.stat(path, follow_symlinks=follow).st_mode)
+    mode = os.stat(path, follow_symlinks=follow).st_mode
+    is_device = stat.S_ISBLK(mode)
+    # Looked at before it is opened, too: opening a tape or a watchdog does something.
+    if not (is_device or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise VsnapError(f"{path} is neither a file nor a block device")
     # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
     # O_NONBLOCK: a pipe in a file's place must not hang us; files and devices ignore it.
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK

@@ -7,6 +7,8 @@ are, and what was chosen. Promises:
 * `load` never guesses: an unknown key, a wrong type or a foreign version is an error that names the
   file and the key, because a misspelt policy that is silently the default costs recovery points;
 * `volume.toml` itself is never followed as a symbolic link and never waited for as a pipe;
+* a path that leads out of the volume directory is believed only where nobody but the caller and
+  root can have written it (docs/security.md says why);
 * neither touches the replica or the diff area.
 
 Leaves sizes to the diff area (the authority for them), locking to `volume`, the existence and
@@ -23,6 +25,7 @@ import os
 import secrets
 import stat
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,9 +139,10 @@ def load(directory: str | os.PathLike[str]) -> VolumeConfig:
     """Read `directory`/volume.toml.
 
     VsnapError: code "no-volume" when the directory is none or holds no volume.toml, code "config"
-    when the file cannot be read or does not say what it must (errno then tells them apart).
+    when the file cannot be read or does not say what it must (errno then tells them apart), code
+    "not-private" when it leads out of a directory that others could have changed.
     """
-    raw = _read(directory)
+    raw, owners = _read(directory)
     name = shown(os.path.join(os.fspath(directory), CONFIG_NAME))
     try:
         table = tomllib.loads(raw.decode("utf-8"))
@@ -170,7 +174,24 @@ def load(directory: str | os.PathLike[str]) -> VolumeConfig:
         _check_apart(directory, config)
     except UsageError as error:
         raise _bad(name, f"is wrong: {error.message}") from error
+    for key, value in (("replica", config.replica), ("diff-area", config.diff_area)):
+        if leads_out(value):
+            _demand_private(name, key, value, owners)
     return config
+
+
+def leads_out(path: str) -> bool:
+    """Whether a configured path may lead out of the volume directory: it is no plain name.
+
+    A plain name is opened without following links; anything else is believed as it stands.
+    """
+    return os.sep in path
+
+
+def check_private(directory: str | os.PathLike[str]) -> None:
+    """VsnapError ("not-private") unless paths out of the existing `directory` can be believed."""
+    name = shown(directory)
+    _demand_private(name, "replica or diff-area", "elsewhere", {name: os.stat(directory)})
 
 
 def save(directory: str | os.PathLike[str], config: VolumeConfig) -> None:
@@ -212,8 +233,29 @@ def shown(path: str | os.PathLike[str]) -> str:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read(directory: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of volume.toml, a regular file of at most 64 KiB."""
+def _demand_private(name: str, key: str, value: str, owners: Mapping[str, os.stat_result]) -> None:
+    for what, found in owners.items():
+        reason = ""
+        if found.st_uid not in (0, os.geteuid()):
+            reason = f"belongs to another user (uid {found.st_uid})"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
+        if reason:
+            raise VsnapError(
+                f"{name}: {key} ({shown(value)}) is a path out of the volume directory, and "
+                f"{what} {reason}: it is not followed",
+                hint="Who else can change it could make you overwrite any file of yours. If you "
+                f"trust it as it is: chown it to you or root, and chmod go-w {what}.",
+                errno=errno.EPERM,
+                code="not-private",
+            )
+
+
+def _read(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, os.stat_result]]:
+    """The bytes of volume.toml, a regular file of at most 64 KiB; whose it and its directory are.
+
+    Both are looked at through what is open, so nobody can exchange them in between.
+    """
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -221,6 +263,7 @@ def _read(directory: str | os.PathLike[str]) -> bytes:
     name = shown(os.path.join(os.fspath(directory), CONFIG_NAME))
     try:
         # O_NONBLOCK: a pipe put there would otherwise make every command hang.
+        owners = {shown(directory): os.fstat(folder)}
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(CONFIG_NAME, flags, dir_fd=folder)
     except FileNotFoundError as error:
@@ -237,7 +280,8 @@ def _read(directory: str | os.PathLike[str]) -> bytes:
     finally:
         os.close(folder)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        owners[name] = os.fstat(fd)
+        if not stat.S_ISREG(owners[name].st_mode):
             raise _bad(name, "is not a regular file")
         raw = b""
         while len(raw) <= _MAX_FILE and (part := os.read(fd, _MAX_FILE + 1 - len(raw))):
@@ -248,7 +292,7 @@ def _read(directory: str | os.PathLike[str]) -> bytes:
         os.close(fd)
     if len(raw) > _MAX_FILE:
         raise _bad(name, f"is larger than {_MAX_FILE} bytes")
-    return raw
+    return raw, owners
 
 
 def _no_directory(directory: str | os.PathLike[str], error: OSError) -> VsnapError:

@@ -53,14 +53,18 @@ class VsnapError(Exception):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> VsnapError:
-        """The inverse of `to_json`; unknown or missing keys are tolerated."""
+        """The inverse of `to_json`; unknown, missing or senseless values are tolerated."""
         return VsnapError(
             str(data.get("message", "unknown error")),
             hint=str(data.get("hint", "")),
-            errno=int(data.get("errno", _errno.EIO)),
-            exit_code=int(data.get("exit_code", 1)),
+            errno=_number(data.get("errno"), 2**31 - 1, _errno.EIO),
+            exit_code=_number(data.get("exit_code"), 255, 1),
             code=str(data.get("code", "error")),
         )
+
+
+def _number(value: object, largest: int, default: int) -> int:
+    return value if isinstance(value, int) and 0 < value <= largest else default
 
 
 class UsageError(VsnapError):

@@ -10,9 +10,11 @@ not a hang; what leaves `call` is the operation's VsnapError, whichever way it c
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Mapping
@@ -21,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vsnapfs.config import VolumePaths, shown
-from vsnapfs.daemon.control import encode, open_directory, socket_address
+from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
+from vsnapfs.daemon.control import encode, open_directory
 from vsnapfs.daemon.operations import OPERATIONS, Progress
 from vsnapfs.daemon.process import run_trio
 from vsnapfs.errors import VsnapError
@@ -36,6 +38,8 @@ _SILENCE_SECONDS = 30.0
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
 _SERVER_ONLY = ("stop",)
+# No answer comes near: verify's with a million problems has some 200 MB.
+_LONGEST_ANSWER = 1 << 30
 
 
 class _NotServed(Exception):
@@ -117,7 +121,7 @@ def _connect(folder: Path, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(timeout)
-        connection.connect(socket_address(fd))
+        _connect_to(connection, fd, folder)
     except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
         connection.close()
         raise _NotServed from error
@@ -125,7 +129,7 @@ def _connect(folder: Path, timeout: float) -> socket.socket:
         connection.close()
         raise VsnapError(
             f"cannot reach the process that serves {shown(folder)}: {error.strerror or error}",
-            errno=error.errno or 110,
+            errno=error.errno or errno.ETIMEDOUT,
             code="no-answer",
         ) from error
     finally:
@@ -133,10 +137,38 @@ def _connect(folder: Path, timeout: float) -> socket.socket:
     return connection
 
 
-def _peer_pid(connection: socket.socket) -> int | None:
+def _connect_to(connection: socket.socket, folder_fd: int, folder: Path) -> None:
+    """Connect to the socket in an open directory, and to nothing else. OSError, VsnapError."""
+    # Opened first and connected through what is open: nobody can put a link there in between.
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(SOCKET_NAME, flags, dir_fd=folder_fd)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it is no socket")
+        connection.connect(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    # Who may write in the directory can put a socket of his own there. What he answers is worth
+    # no more than he is: root, we ourselves, or whose volume it is.
+    uid = _peer(connection)[1]
+    if uid not in (0, os.geteuid(), os.fstat(folder_fd).st_uid):
+        raise VsnapError(
+            f"what answers for {shown(folder)} is a process of another user (uid {uid})",
+            hint="The directory should belong to you and be writable by nobody else.",
+            errno=errno.EPERM,
+            code="not-allowed",
+        )
+
+
+def _peer(connection: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process that listens, by the kernel's word."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid: int = struct.unpack("3i", raw)[0]
-    return pid or None
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid
+
+
+def _peer_pid(connection: socket.socket) -> int | None:
+    return _peer(connection)[0] or None
 
 
 def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
@@ -145,8 +177,8 @@ def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | 
         try:
             connection.sendall(encode({"op": op, "params": params}))
             with connection.makefile("rb") as answers:
-                for line in answers:
-                    answer = json.loads(line)
+                while line := answers.readline(_LONGEST_ANSWER):
+                    answer = _understand(line)
                     if "result" in answer:
                         return answer["result"]
                     if "error" in answer:
@@ -178,6 +210,24 @@ def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | 
         hint="Whether it was carried out is not known; its log is server.log there.",
         code="server-gone",
     )
+
+
+def _understand(line: bytes) -> dict[str, Any]:
+    """One answer. ValueError if it is none; whoever answers may be anybody's program."""
+    try:
+        answer = json.loads(line)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if not isinstance(answer, dict) or not isinstance(answer.get("error", {}), dict):
+        raise ValueError("an answer is an object")  # noqa: TRY004 - it is the value of a line
+    told = answer.get("progress")
+    if told and not (
+        isinstance(told, list)
+        and [type(part) for part in told] == [str, int, int]
+        and all(0 <= part < 2**63 for part in told[1:])
+    ):
+        raise ValueError("progress is a phase and two numbers of bytes")
+    return answer
 
 
 # ---- directly -----------------------------------------------------------------------------------

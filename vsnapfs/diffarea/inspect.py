@@ -94,6 +94,7 @@ def _inspect(path: Path, fd: int) -> dict[str, Any]:
         "groups": [
             _group(fd, layout, group, slots, area_id_of(newest.volume_id))
             for group in range(layout.groups_of(slots))
+            if layout.group_start(group) < size  # the file may be shorter than it says
         ],
     }
 

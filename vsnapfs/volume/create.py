@@ -25,6 +25,7 @@ from ..config import (
     DEFAULT_REPLICA,
     VolumeConfig,
     VolumePaths,
+    check_private,
     save,
 )
 from ..diffarea.area import DiffArea, check_maximum
@@ -129,6 +130,9 @@ def _check(
             hint="Use --force if that is meant, or leave out --from to adopt it as it is.",
             code="exists",
         )
+    outside = [path for path in (replica_path, area_path) if path.parent != where]
+    if outside and where.exists():
+        check_private(where)  # else the volume could be made, but not opened
     _check_target(area_path, "diff area", force)
     final = _size_of(size, replica_path if exists else None, image)
     return _Plan(
@@ -291,7 +295,7 @@ def _make(
 
 def _open_or_create(plan: _Plan, path: Path, warnings: list[str]) -> FileBacking:
     if path.exists():
-        return FileBacking.open(path)
+        return FileBacking.open(path, follow=path.parent != plan.directory)
     backing = FileBacking.create(path)
     plan.undo.append(path.unlink)
     kind = file_system_type(path)

@@ -11,7 +11,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..backing import Backing, FileBacking, Removed, sync_directory
-from ..config import VolumePaths
+from ..config import VolumePaths, leads_out
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.recovery import read_superblock
@@ -96,7 +96,7 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
     configured = volume.config.diff_area
     path = VolumePaths(volume.directory, volume.config).diff_area
     try:
-        backing = FileBacking.open(path, follow="/" in configured)
+        backing = FileBacking.open(path, follow=leads_out(configured))
     except FileNotFoundError:
         made = FileBacking.create(path)
         sync_directory(path.parent)

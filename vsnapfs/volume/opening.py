@@ -9,14 +9,13 @@ diff area, no diff area at all, a foreign version) is an error instead, and noth
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backing import Backing, FileBacking
-from ..config import VolumeConfig, VolumePaths, load
+from ..config import VolumeConfig, VolumePaths, leads_out, load
 from ..diffarea.area import DiffArea
 from ..diffarea.layout import DEFAULT_BLOCK_SIZE
 from ..diffarea.recovery import Report, open_area
@@ -71,7 +70,21 @@ def open_files(directory: Path, make_log: Callable[[Path], Log]) -> Opened:
 def _open_backing(path: Path, configured: str) -> FileBacking:
     # A name inside the volume directory must not lead out of it; a path that an administrator
     # chose (/dev/disk/by-id/…) may be a link.
-    return FileBacking.open(path, follow=os.sep in configured)
+    try:
+        return FileBacking.open(path, follow=leads_out(configured))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(path) from error
+        raise
+
+
+def _is_link(path: Path) -> VsnapError:
+    return VsnapError(
+        f"{path} is a symbolic link, which is not followed",
+        hint="Nothing in a volume directory may lead out of it but a path in volume.toml.",
+        errno=errno.ELOOP,
+        code="symlink",
+    )
 
 
 def _open_replica(paths: VolumePaths, config: VolumeConfig) -> FileBacking:
@@ -91,7 +104,15 @@ def _open_state(paths: VolumePaths) -> tuple[FileBacking, bool]:
     """The state file, and whether it had to be made anew."""
     try:
         return FileBacking.open(paths.state, follow=False), False
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(paths.state) from error
+        if error.errno != errno.ENOENT:
+            raise VsnapError(
+                f"{paths.state} cannot be opened: {error.strerror}",
+                errno=error.errno or errno.EIO,
+                code="no-state",
+            ) from error
         state = FileBacking.create(paths.state)
         state.allocate(0, STATE_SIZE)
         state.write(0, bytes(STATE_SIZE))
