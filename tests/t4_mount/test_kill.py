@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import all_points_exact, mount_again
 from mounted_rig import MIB, Fio, Machine, Rig, quiet, read_direct, report, sh, sha256, until
 from stamps import Stamper, nasty_extents
 
-from vsnapfs.daemon import mounts
 from vsnapfs.diffarea.layout import SUPERBLOCK_SIZE
 from vsnapfs.diffarea.superblock import decode
 from vsnapfs.errors import VsnapError
@@ -31,25 +31,6 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     """Random instants, with the seed on stdout."""
     print(f"VSNAPFS_KILL_SEED={SEED}")
     return random.Random(f"{SEED}/{request.node.name}")
-
-
-def mount_again(rig: Rig) -> None:
-    """Mount over the dead mount, which the mount itself cleans up."""
-    dead = mounts.mount_of(rig.directory)
-    assert dead is not None
-    assert dead.stale
-    rig.mount()
-    (now,) = (mount for mount in mounts.find_mounts() if mount.volume == rig.directory)
-    assert not now.stale
-
-
-def all_points_exact(rig: Rig, checksums: dict[int, str]) -> None:
-    """The volume has exactly these points, each with the sha256 it had, and verifies."""
-    assert rig.points() == sorted(checksums)
-    for number, checksum in checksums.items():
-        assert sha256(rig.point(number), direct=True) == checksum, f"point {number} has changed"
-    result = rig.call("verify")
-    assert result["ok"], result["problems"]
 
 
 def forget_oldest(rig: Rig, checksums: dict[int, str], keep: int) -> None:
