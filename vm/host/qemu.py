@@ -33,7 +33,7 @@ MEMORY_MIB = 1024
 KVM_TRIAL = 25.0
 BOOT_LIMIT = 180.0
 KERNEL_OPTIONS = (
-    "root=/dev/vda ro rootfstype=ext4 init=/usr/local/sbin/boot console=ttyS0 quiet panic=-1 "
+    "root=/dev/vda rw rootfstype=ext4 init=/usr/local/sbin/boot console=ttyS0 quiet panic=-1 "
     "random.trust_cpu=on mitigations=off"
 )
 # The lines of the serial console that are worth showing when something went wrong.

@@ -12,7 +12,7 @@ import time
 from host import qemu
 
 EPILOG = """\
-The command is run by sh in /src, a copy of the checkout as it is now (committed or not, without
+The command is run by bash in /src, a copy of the checkout as it is now (committed or not, without
 what git ignores). `vsnapfs` and Debian's python3 are on its PATH. The root file system forgets
 everything at the end; what is to stay goes to a data disk, /dev/vm/data, data2, ... in the guest.
 Its output is streamed; its exit code is that of vm/run, 124 when it took too long, and 125 when
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="for sh")
+    found.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="for bash")
     found.add_argument(
         "--data",
         action="append",
