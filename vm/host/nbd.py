@@ -73,6 +73,7 @@ class VolatileDisk:
         self._unflushed: list[_Write] = []
         self.tripped = threading.Event()
         self._trip_after: int | None = None
+        self._trip_at = 0
         self._closing = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -159,15 +160,15 @@ class VolatileDisk:
 
     # -- the power fails
 
-    def trip(self, writes: int) -> None:
-        """Freeze, and set `tripped`, when so many more writes have come and not all are flushed."""
-        self._trip_after = writes
+    def trip(self, writes: int, unflushed: int) -> None:
+        """Freeze, and set `tripped`, when so many more writes have come and so many are unflushed."""
+        self._trip_after, self._trip_at = writes, unflushed
 
     def _trips(self) -> bool:
         if self._trip_after is None:
             return False
         self._trip_after -= 1
-        return self._trip_after <= 0 and bool(self._unflushed)
+        return self._trip_after <= 0 and len(self._unflushed) >= self._trip_at
 
     def cut(self, rng: random.Random) -> Cut:
         """Lose an arbitrary part of what was not flushed. Only when the client is dead."""

@@ -214,7 +214,7 @@ class Rounds:
         """Until the power is to fail; True if the guest ended before.
 
         That is `delay` seconds after the report `begin`, or if there is a `disk`, when it has got
-        so many more `writes` and some are not flushed; an idle guest is not waited for.
+        so many more `writes` and some number is not flushed; an idle guest is not waited for.
         """
         cut_at, tripping = None, False
         while True:
@@ -225,7 +225,7 @@ class Rounds:
                 if disk is None or disk.tripped.is_set() or now >= cut_at + PATIENCE:
                     return False
                 if not tripping:
-                    disk.trip(writes)
+                    disk.trip(writes, self._rng.choice((1, 1, 2, 4, 8, 16)))
                     tripping = True
             if guest.watch(now + 0.02, lines):
                 return True
