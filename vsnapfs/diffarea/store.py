@@ -306,20 +306,23 @@ class AreaStore:
         return known if known is not None else self._load_sector(sector)
 
     def _load_sector(self, sector: int) -> SectorImage:
-        problem: OSError | None = None
-        for offset in self.layout.sector_offsets(sector):
-            try:
-                data = self.backing.read(offset, SECTOR_SIZE)
-            except OSError as error:
-                problem = error
-                continue
-            if sector_is_valid(memoryview(data), self.area_id, sector):
-                return SectorImage(bytearray(data))
-        raise FaultError(
-            FaultCode.META_DATA_CORRUPTION,
-            f"both copies of descriptor sector {sector} are bad"
-            + (f" ({problem})" if problem else ""),
-        )
+        # Both: what is written next builds on it, and a copy that missed a write is valid, too.
+        copies = [self._sector_copy(sector, copy) for copy in (0, 1)]
+        valid = [image for image in copies if image is not None]
+        if not valid:
+            raise FaultError(
+                FaultCode.META_DATA_CORRUPTION, f"both copies of descriptor sector {sector} are bad"
+            )
+        return max(valid, key=lambda image: image.barrier)
+
+    def _sector_copy(self, sector: int, copy: int) -> SectorImage | None:
+        """One copy of a sector from the disk, None if it is not valid or cannot be read."""
+        try:
+            data = self.backing.read(self.layout.sector_offsets(sector)[copy], SECTOR_SIZE)
+        except OSError:
+            return None
+        good = sector_is_valid(memoryview(data), self.area_id, sector)
+        return SectorImage(bytearray(data)) if good else None
 
     def _write_tables(self, first_group: int, end_group: int) -> None:
         for group in range(first_group, end_group):
@@ -339,3 +342,47 @@ class AreaStore:
                 f"descriptors could not be repaired: {error}",
                 errno=error.errno or errno.EIO,
             ) from error
+
+    # -- mending what rotted while it was open ----------------------------------------------------
+
+    def mend_superblock(self, offset: int) -> None:
+        """Write the copy at `offset` once more as the other one is, durably. FaultError 13, 14, 15.
+
+        Unlike a commit it changes nothing, so a closed volume stays one that was closed cleanly.
+        """
+        self.check_present()
+        self._refuse_if_old()
+        (other,) = set(SUPERBLOCK_OFFSETS) - {offset}
+        try:
+            data = self.backing.read(other, SUPERBLOCK_SIZE)
+            if decode(data) != self.superblock:
+                raise FaultError(FaultCode.IO_FAILURE, "the other copy is not the current one")
+            self.backing.write(offset, data)
+            self._sync()
+        except (FormatError, OSError) as error:
+            raise FaultError(
+                FaultCode.IO_FAILURE, f"the superblock copy could not be mended: {error}"
+            ) from error
+
+    def mend_sector(self, sector: int) -> None:
+        """Make both copies of a sector what is known in memory or the newer valid one, durably.
+
+        FaultError 2, 3 (both are bad and it is not in memory), 14, 15.
+        """
+        self.check_present()
+        self._refuse_if_old()
+        self.heal({sector: self._sector(sector)})
+
+    def rebuild_sector(self, sector: int, copies: Mapping[int, Descriptor]) -> None:
+        """Write a sector of which nothing is left from what slots are known to hold, durably.
+
+        FaultError 2, 14, 15.
+        """
+        self.check_present()
+        self._refuse_if_old()
+        image = SectorImage.empty()
+        for slot, descriptor in copies.items():
+            image.put(slot - sector * SLOTS_PER_SECTOR, descriptor)
+        image.seal(self.area_id, self.barrier_number, sector, 0)
+        self.heal({sector: image})
+        self._remember({sector: image})

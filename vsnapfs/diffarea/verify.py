@@ -6,6 +6,7 @@ recovery points it touches and which ranges of them; ranges that are not named r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,6 @@ from .descriptors import sector_is_valid
 from .layout import (
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
-    SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
     SUPERBLOCK_SIZE,
     TABLE_SIZE,
@@ -54,6 +54,7 @@ class Verification:
         yield self._check_superblocks
         for group in range(self._groups):
             yield lambda group=group: self._check_tables(group)  # type: ignore[misc]
+        yield self._check_hidden
         count = max(1, _STEP // self._area.layout.block_size)
         for start in range(0, len(self._copies[0]), count):
             columns = [column[start : start + count].tolist() for column in self._copies]
@@ -88,14 +89,9 @@ class Verification:
             self.checked["descriptor_sectors"] += 2
             offsets = area.layout.sector_offsets(sector)
             if not any(good):
-                in_use = sector * SLOTS_PER_SECTOR < len(area.slots)
-                points = self._live_points() if in_use else []
-                whole = [[0, area.superblock.replica_size]] if points else []
                 self._problem(
                     {"what": "descriptor sector", "sector": sector, "offset": offsets[0]},
                     "both copies are bad",
-                    points,
-                    whole,
                 )
                 continue
             for copy in (0, 1):
@@ -109,6 +105,22 @@ class Verification:
                     {"what": "descriptor sector", "sector": sector, "offset": offsets[1]},
                     "its two copies differ",
                 )
+
+    def _check_hidden(self) -> None:
+        """What cannot be read because a descriptor that nobody can read may say otherwise."""
+        area = self._area
+        size = area.backing.size()
+        if size < area.allocated:
+            message = f"the file has {size} of {area.allocated} bytes: it has been truncated"
+            self._problem({"what": "diff area", "offset": size}, message)
+        if area.is_old:
+            self._problem({"what": "diff area", "offset": 0}, "it is an old copy of the diff area")
+        for point in self._live_points():
+            ranges = hidden_ranges(area, point)
+            if ranges:
+                message = "what has no copy of its own here may have one that is lost"
+                where = {"what": "recovery point", "point": point, "offset": 0}
+                self._problem(where, message, [point], ranges)
 
     def _read_table(self, offset: int) -> bytes | None:
         try:
@@ -150,3 +162,20 @@ class Verification:
         self.problems.append(
             where | {"message": message, "points": points or [], "ranges": ranges or []}
         )
+
+
+def hidden_ranges(area: DiffArea, point: int) -> list[list[int]]:
+    """[offset, length] of what `point` cannot be trusted with, ascending; [] in a sound area.
+
+    See `DiffArea.may_trust`: with descriptors lost, only copies of the point's own epoch count.
+    """
+    if not area.damaged_sectors and not area.is_old:
+        return []
+    size, total = area.layout.block_size, area.superblock.replica_size
+    blocks, epochs, _ = area.index.everything()
+    edges = [-1, *np.unique(blocks[epochs == point]).tolist(), -(-total // size)]
+    return [
+        [(before + 1) * size, min(after * size, total) - (before + 1) * size]
+        for before, after in itertools.pairwise(edges)
+        if after > before + 1
+    ]
