@@ -161,7 +161,7 @@ class VolatileDisk:
     # -- the power fails
 
     def trip(self, writes: int, unflushed: int) -> None:
-        """Freeze, and set `tripped`, when so many more writes have come and so many are unflushed."""
+        """Freeze, and set `tripped`, after so many more writes, when so many are unflushed."""
         self._trip_after, self._trip_at = writes, unflushed
 
     def _trips(self) -> bool:

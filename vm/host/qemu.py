@@ -10,6 +10,7 @@ Leaves to others: what is run inside (vm/guest/), what is expected of it (vm/hos
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -111,19 +112,30 @@ def checkout_files() -> list[str]:
     return sorted(names)
 
 
+@functools.cache
+def checkout() -> list[tuple[tarfile.TarInfo, bytes]]:
+    """The checkout's files, read once: all boots of a script run the same code."""
+    found = []
+    with tarfile.open(os.devnull, "w") as tar:
+        for name in checkout_files():
+            info = tar.gettarinfo(ROOT / name, name)
+            if info.isreg():
+                found.append((info, (ROOT / name).read_bytes()))
+                info.size = len(found[-1][1])
+    return found
+
+
 def pack(boot: Boot, target: Path) -> None:
-    """Write the tar that the guest unpacks into /src."""
+    """Write the tar that the guest unpacks into /src. It ends on a sector, as a disk must."""
     files = {**boot.files, ".vm-command": boot.command.encode() + b"\n"}
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as tar:
-        for name in checkout_files():
-            if name not in files:
-                tar.add(ROOT / name, name, recursive=False)
+        for info, content in checkout():
+            tar.addfile(info, io.BytesIO(content))
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             info.mtime = int(time.time())
             tar.addfile(info, io.BytesIO(content))
-    # A virtio disk is counted in sectors; tar already ends on one.
 
 
 class Guest:
