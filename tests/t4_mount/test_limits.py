@@ -35,7 +35,7 @@ def test_512_points_on_one_volume(
     machine: Machine, record_property: Callable[[str, object], None]
 ) -> None:
     """All 512 are exact, the 513th is refused or, by policy evict, costs the oldest (event 58)."""
-    size = 4 * MIB + 1
+    size = MIB + 1
     rig = machine.rig(size=size, area=256 * MIB)
     rig.mount()
     rng = random.Random(12)
@@ -53,9 +53,10 @@ def test_512_points_on_one_volume(
             number = rig.create_point()
             seconds.append(time.monotonic() - started)
             checksums[number] = hashlib.sha256(model).hexdigest()
-    first, last = statistics.median(seconds[:32]), statistics.median(seconds[-32:])
-    report(record_property, "creating points 481-512 / points 1-32, medians", f"{last / first:.2f}")
-    report(record_property, "creating point 512, ms", f"{last * 1000:.1f}")
+    # The faster quarter: what else the machine does meanwhile only ever makes it slower.
+    first, last = (statistics.quantiles(part)[0] for part in (seconds[:64], seconds[-64:]))
+    report(record_property, "creating points 449-512 / points 1-64", f"{last / first:.2f}")
+    report(record_property, "creating one of the last points, ms", f"{last * 1000:.1f}")
     with pytest.raises(VsnapError, match="already has 512 recovery points") as caught:
         rig.create_point()
     assert caught.value.code == "too-many-points"
