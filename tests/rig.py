@@ -127,15 +127,15 @@ class Rig:
 
     # -- running --------------------------------------------------------------------------------
 
-    def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run `function(volume, …)` with the volume open (opened now if it is not).
+    def run(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
+        """Run `function(volume, …)` with the volume open (opened now, with `options`, if not).
 
         PowerLoss when the host ended meanwhile; everything else comes out as it was raised.
         """
 
         async def main() -> T:
             if self.volume is None:
-                self.volume = await self.open()
+                self.volume = await self.open(**options)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.volume.run)
                 result = await function(self.volume, *args)

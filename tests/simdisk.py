@@ -31,7 +31,8 @@ from vsnapfs.errors import BusyError
 
 PAGE = 4096
 SECTOR = 512
-OPERATIONS = ("read", "write", "sync", "allocate", "truncate", "has_hole", "size", "identity")
+#: What can fail on a real disk (fstat of an open file cannot).
+FAILING = ("open", "read", "write", "sync", "allocate", "truncate", "has_hole")
 FOREVER = 1 << 60
 
 
@@ -160,7 +161,11 @@ class Failure:
     fired: int = 0
 
     def hits(self, name: str, operation: str) -> bool:
-        if self.name not in (None, name) or self.operation not in (None, operation):
+        if self.name not in (None, name) or operation not in FAILING:
+            return False
+        if self.operation not in (None, operation):
+            return False
+        if self.error == errno.ENOSPC and operation not in ("write", "allocate"):
             return False
         self.seen += 1
         hit = self.nth <= self.seen < self.nth + self.times
@@ -231,7 +236,7 @@ class Host:
         times: int = 1,
         partly: bool = False,
     ) -> Failure:
-        """Inject a failure (times=FOREVER: for good). None: any file, any operation.
+        """Inject a failure (times=FOREVER: for good). None: any file, any one of `FAILING`.
 
         partly: a write that fails has moved the first half of its bytes.
         """

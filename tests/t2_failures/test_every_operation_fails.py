@@ -1,0 +1,121 @@
+"""Every operation on every file fails in turn, once and for good.
+
+Whatever fails: nothing but an OSError or a VsnapError leaves the engine, a refused write has moved
+no byte (W1), no recovery point changes (W2), a fault is logged and outlives the process (P1), and
+when the disk works again there is a way back (C2).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from typing import Any
+
+import pytest
+from failing import Step, Trial, count_operations
+from hypothesis import settings
+from rig import BLOCK, SMALLEST, Rig, small_steps
+from simdisk import FOREVER
+
+SIZE = 5 * BLOCK + 100
+
+WORKLOADS: dict[str, tuple[dict[str, Any], list[Step]]] = {
+    "writing": (
+        {},
+        [
+            ("write", 0, SIZE),
+            ("create",),
+            ("write", 100, 2 * BLOCK),
+            ("flush",),
+            ("create",),
+            ("write", BLOCK, 10),
+            ("write", 3 * BLOCK - 1, BLOCK),
+            ("delete", 1),
+            ("write", 0, SIZE),
+            ("reopen",),
+            ("write", 5, 6),
+            ("verify",),
+        ],
+    ),
+    "growing": (
+        {"size": 11 * BLOCK + 1, "maximum": SMALLEST + 40 * BLOCK},
+        [
+            *([("create",), ("write", 0, 11 * BLOCK + 1)] * 3),
+            ("delete", 2),
+            ("resize", SMALLEST),
+            ("write", 0, BLOCK),
+            ("resize", SMALLEST + 80 * BLOCK),
+            ("write", 0, 3 * BLOCK),
+        ],
+    ),
+    "restoring": (
+        {},
+        [
+            ("write", 0, SIZE),
+            ("create",),
+            ("write", 0, 3 * BLOCK),
+            ("create",),
+            ("write", 2 * BLOCK, 2 * BLOCK),
+            ("reopen",),
+            ("restore", 1),
+            ("write", 7, 7),
+            ("restore", 2),
+        ],
+    ),
+    "switching": (
+        {},
+        [
+            ("write", 0, SIZE),
+            ("create",),
+            ("offline",),
+            ("online",),
+            ("write", 0, 2 * BLOCK),
+            ("offline",),
+            ("reopen",),
+            ("online",),
+            ("write", 0, 3 * BLOCK),
+        ],
+    ),
+}
+
+ENDS = ("stay", "close", "kill", "power-", "power+")
+FAILURES = (
+    (errno.EIO, 1, False),
+    (errno.EIO, FOREVER, False),
+    (errno.EIO, 1, True),
+    (errno.ENOSPC, FOREVER, False),
+)
+#: Every operation fails in one way and ends in one way, taken in turn; VSNAPFS_EXAMPLES=2000 and
+#: more: in every way, with every end.
+EVERYTHING = settings.default is not None and settings.default.max_examples >= 2000
+
+
+def _make(workload: str, policy: str) -> Rig:
+    return Rig(**{"size": SIZE, "on_full": policy, **WORKLOADS[workload][0]})
+
+
+@pytest.mark.time_limit(600)
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+@pytest.mark.parametrize("name", ["replica", "area", "state"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_one_operation_after_the_other_fails(workload: str, name: str, policy: str) -> None:
+    """The n-th operation on a file fails, for every n until the workload runs through."""
+    steps = WORKLOADS[workload][1]
+    with small_steps():
+        total = count_operations(lambda: _make(workload, policy), steps)[name]
+        assert total > 5
+        ways = itertools.cycle(itertools.product(ENDS, FAILURES))
+        for nth in range(1, total + 1):
+            for _ in range(len(ENDS) * len(FAILURES) if EVERYTHING else 1):
+                end, (error, times, partly) = next(ways)
+                trial = Trial(_make(workload, policy))
+                failure = trial.host.fail(name, None, error, nth=nth, times=times, partly=partly)
+                try:
+                    trial.run(steps)
+                    trial.end(end)
+                except BaseException as problem:
+                    problem.add_note(
+                        f"{workload}, {policy}: operation {nth} of {total} on {name}, {failure}, "
+                        f"then {end}; refused: {trial.refused}; log: {trial.rig.log.events}"
+                    )
+                    raise
