@@ -26,6 +26,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -142,6 +143,10 @@ class Protection:
                             await self._core.commit(fault=self.fault)
                         except FaultError as error:
                             self.trouble = error.message  # The state file has it; that is enough.
+                        except Exception as error:  # noqa: BLE001
+                            # Most likely what tripped the fault in the first place (no memory).
+                            # Whoever is refused gets the refusal, not this.
+                            self.trouble = f"unexpected: {error!r}"
         finally:
             # Whatever happened: everybody who was refused waits for this.
             self._persisting = False
@@ -150,10 +155,11 @@ class Protection:
 
     def _write_down(self, log: Log, fault: Fault | None) -> None:
         if fault is not None:
-            log_fault(log, self._core.name, fault)
+            with suppress(MemoryError):
+                log_fault(log, self._core.name, fault)
         try:
             self.save(offline=True, fault=fault)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             # Still offline in memory, and the superblock is tried next.
             self.trouble = f"the state file could not be written: {error}"
             log.log("vsnapfs", 1091, volume=self._core.name, reason=self.trouble)
