@@ -183,6 +183,9 @@ class _Scan:
             # and must be read back from the disk, not from the cache, to be checked.
             self.backing.sync()
             self.backing.forget_cache()
+            # What a failed sync of the replica lost, its cache may still show. A point that fell
+            # through to that would change with the next power failure.
+            self.replica.forget_cache()
         if self.backing.size() < self.superblock.allocated:
             report.problems.append(
                 f"the file has {self.backing.size()} bytes, "

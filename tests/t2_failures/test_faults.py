@@ -1,0 +1,539 @@
+"""Each fault by its cause, on the simulated disk: refused, told, kept, and the way back."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Any
+from unittest import mock
+
+import pytest
+from failing import nothing_kept
+from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_points, small_steps, write
+from scene import SIZE, Scene
+from simdisk import FOREVER, PAGE, SimBacking
+
+from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS, Layout
+from vsnapfs.errors import VsnapError
+from vsnapfs.volume import Volume
+
+LAST = 12 * BLOCK
+"""Offset of the short last block, which has no copy yet."""
+
+
+# --- faults of the copy path ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENODATA])
+def test_old_content_that_cannot_be_read_is_fault_6(code: int) -> None:
+    """COW_READ_FAILURE names the block and the errno; once the disk reads again, all works."""
+    scene = Scene()
+    scene.rig.host.fail("replica", "read", code, times=FOREVER)
+    before = scene.replica()
+    error = scene.write(7 * BLOCK + 5, 2 * BLOCK)
+    assert error is not None
+    assert error.errno == errno.ENODEV
+    assert scene.replica() == before
+    params = scene.rig.log.params(85)
+    assert (params["block"], params["errno"]) == (7, code)
+    scene.rig.host.failures.clear()
+    scene.is_down(6)
+    scene.works()
+
+
+@pytest.mark.parametrize(
+    ("operation", "nth"), [("write", 1), ("write", 2), ("write", 3), ("sync", 1)]
+)
+@pytest.mark.parametrize("times", [1, FOREVER])
+def test_a_copy_that_cannot_be_written_or_synced_is_fault_7(
+    operation: str, nth: int, times: int
+) -> None:
+    """COW_WRITE_FAILURE for the block, for either copy of its descriptor, and for the sync."""
+    scene = Scene()
+    scene.rig.host.fail("area", operation, errno.EIO, nth=nth, times=times)
+    scene.write(6 * BLOCK, 10)
+    scene.rig.host.failures.clear()
+    assert scene.rig.log.params(86)["block"] == 6
+    scene.is_down(7)
+    scene.works()
+
+
+def test_a_maximum_that_is_reached_is_fault_8_and_deleting_is_a_way_out() -> None:
+    """DIFF_AREA_FULL: a write over many blocks is refused whole; room brings it back (C2)."""
+    scene = Scene(maximum=SMALLEST)
+    with small_steps():
+        scene.run(scene.fill, 0)
+        params = scene.tripped(8, 0, SIZE)
+        assert params["allocated"] == params["maximum"] == SMALLEST
+        assert params["needed"] == 13
+
+        async def warn(volume: Volume) -> None:
+            (warning,) = await volume.online()
+            assert "would still not fit" in warning
+            await volume.go_offline()
+
+        scene.run(warn)
+
+        async def delete(volume: Volume) -> None:
+            for number in (1, 2, 3, 4):
+                await volume.delete_point(number)
+                del scene.points[number]
+
+        scene.run(delete)
+        scene.works()
+
+
+def test_a_full_area_grows_by_resize_while_it_is_offline() -> None:
+    """C2: resize works in the fault, online does not warn then, and the write fits."""
+    scene = Scene(maximum=SMALLEST)
+    with small_steps():
+        scene.run(scene.fill, 5)
+        scene.tripped(8, 0, SIZE)
+
+        async def resize(volume: Volume) -> None:
+            await volume.resize(SMALLEST + 100 * BLOCK)
+            assert await volume.online() == []
+
+        scene.run(resize)
+        assert scene.write(0, SIZE) is None
+        scene.exact()
+
+
+def test_growth_that_takes_too_long_is_fault_9() -> None:
+    """GROW_TOO_SLOW: the write waits for grow-timeout and not longer; the growth is not lost."""
+    with small_steps():
+        scene = Scene(maximum=SMALLEST + 100 * BLOCK, grow_timeout=0.05)
+        scene.rig.threads = True
+
+        def slow(_backing: SimBacking, operation: str, _offset: int, _length: int) -> None:
+            if operation == "allocate":
+                time.sleep(0.4)
+
+        scene.run(scene.fill, 6)
+        scene.rig.host.hooks.append(slow)
+        params = scene.tripped(9, 0, SIZE)
+        scene.rig.host.hooks.clear()
+        assert params["errno"] == errno.ETIMEDOUT
+        assert params["allocated"] < params["maximum"]
+        scene.works()
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [(errno.ENOSPC, 10), (errno.EDQUOT, 10), (errno.EIO, 10), (errno.EOPNOTSUPP, 12)],
+)
+def test_growth_that_the_host_refuses_is_fault_10_or_12(code: int, fault: int) -> None:
+    """GROW_FAILED where the host has no space, FILE_SYSTEM_FAILURE where it cannot reserve any."""
+    with small_steps():
+        scene = Scene(maximum=SMALLEST + 100 * BLOCK)
+        scene.rig.host.fail("area", "allocate", code, times=FOREVER)
+        scene.run(scene.fill, 2)
+        assert scene.ids() == [24], "points are at risk: said once, before anything is refused"
+        assert scene.tripped(fault, 0, SIZE)["errno"] == code
+        scene.rig.host.failures.clear()
+        scene.works()
+
+
+def test_a_host_without_space_is_fault_10_and_space_brings_it_back() -> None:
+    """A full host shows when growing (C1), never in the middle of a copy."""
+    with small_steps():
+        scene = Scene(maximum=SMALLEST + 100 * BLOCK)
+        host = scene.rig.host
+        host.capacity -= host.free()
+        scene.run(scene.fill, 2)
+        assert scene.ids() == [24]
+        scene.tripped(10, 0, SIZE)
+        scene.rig.host.capacity += 1 << 20
+        scene.works()
+
+
+def test_a_mapping_that_is_refused_is_fault_5() -> None:
+    """MAPPED_MEMORY_FAILURE when the copy buffer cannot be mapped."""
+    scene = Scene()
+    scene.rig.close()  # The next process has no buffer yet.
+    with mock.patch("vsnapfs.volume.writer.mmap.mmap", side_effect=OSError(errno.ENOMEM, "no")):
+        params = scene.tripped(5, 6 * BLOCK, 10)
+    assert params["errno"] == errno.ENOMEM
+    scene.works()
+
+
+# --- the area itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "sync"])
+def test_a_superblock_that_cannot_be_committed_is_fault_13(operation: str) -> None:
+    """IO_FAILURE while a point is created: the command is refused, the point is not there."""
+    scene = Scene()
+    scene.rig.host.fail("area", operation, errno.EIO, times=2)
+
+    async def create(volume: Volume) -> None:
+        with pytest.raises(VsnapError) as caught:
+            await volume.create_point()
+        assert caught.value.exit_code == 3
+        assert [point.number for point in volume.points] == [1, 2]
+
+    scene.run(create)
+    scene.rig.host.failures.clear()
+    scene.is_down(13)
+    scene.works()
+
+
+def test_an_area_that_is_taken_away_is_fault_14_and_its_points_stay() -> None:
+    """DIFF_AREA_REMOVED at the next copy; the open file keeps all points readable (rule 8)."""
+    scene = Scene()
+    gone = scene.rig.host.remove("area")
+    before = scene.replica()
+    error = scene.write(6 * BLOCK, 10)
+    assert error is not None
+    assert error.errno == errno.ENODEV
+    assert scene.replica() == before
+    assert scene.fault == 14
+    assert scene.ids().count(93) == 1
+    scene.exact()
+    assert isinstance(scene.online(), VsnapError), "it is still gone"
+    scene.rig.host.files["area"] = gone
+    scene.works()
+
+
+def test_an_area_that_is_replaced_is_fault_14() -> None:
+    """Another file under the same name is not ours, whatever it holds."""
+    scene = Scene()
+    host = scene.rig.host
+    ours = host.remove("area")
+    host.files["area"] = other = host.create("copy")
+    other.cache, other.disk = ours.cache.copy(), ours.disk.copy()
+    untouched = other.cache.copy()
+    assert scene.write(6 * BLOCK, 10) is not None
+    assert scene.fault == 14
+    scene.exact()
+    assert other.cache.pages == untouched.pages, "somebody else's file was written to"
+
+
+def _rewrite(scene: Scene, **changes: Any) -> None:
+    """Somebody else commits a superblock, two generations on."""
+    from dataclasses import replace
+
+    from vsnapfs.diffarea.superblock import decode
+
+    area = scene.rig.host.files["area"]
+    for offset in SUPERBLOCK_OFFSETS:
+        found = decode(area.cache.read(offset, 65536))
+        data = replace(found, generation=found.generation + 2, **changes).encode()
+        for pages in (area.cache, area.disk):
+            pages.write(offset, data)
+
+
+def test_a_commit_by_somebody_else_is_fault_15_and_is_not_overwritten() -> None:
+    """EXTERNAL_WRITER (S1): the generation is read again before each superblock write."""
+    scene = Scene()
+    _rewrite(scene)
+    theirs = scene.rig.host.files["area"].cache.read(0, 131072)
+
+    async def create(volume: Volume) -> None:
+        with pytest.raises(VsnapError):
+            await volume.create_point()
+
+    scene.run(create)
+    assert scene.fault == 15
+    assert scene.ids().count(94) == 1
+    assert scene.rig.host.files["area"].cache.read(0, 131072) == theirs
+    assert isinstance(scene.online(), VsnapError), "what we know of the area is stale"
+    scene.exact()
+
+
+def test_an_old_copy_of_the_area_put_back_is_fault_15() -> None:
+    """At open: a diff area that is behind what the state file has seen is never served (S1)."""
+    scene = Scene()
+    scene.rig.close()
+    area = scene.rig.host.files["area"]
+    old = area.cache.copy(), area.disk.copy()
+
+    async def more(volume: Volume) -> None:
+        await scene.create(volume)
+        await write(volume, 0, pattern(8, BLOCK))
+
+    scene.run(more)
+    scene.rig.close()
+    area.cache, area.disk = old
+
+    async def look(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 15
+
+    scene.run(look)
+
+
+def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
+    """DIFF_AREA_MISSING at open clears itself at the next open that finds the area again."""
+    scene = Scene()
+    scene.rig.close()
+    kept = scene.rig.host.remove("area")
+    assert scene.fault == 1
+    assert scene.ids().count(80) == 1
+    assert scene.write(0, 1) is not None
+    scene.rig.close()
+    assert scene.fault == 1
+    assert scene.ids().count(80) == 1, "told once"
+    scene.rig.close()
+    scene.rig.host.files["area"] = kept
+    assert scene.fault is None
+    assert scene.write(0, SIZE) is None
+    scene.exact()
+
+
+@pytest.mark.parametrize("how", ["everything", "superblocks"])
+def test_an_area_that_cannot_be_read_at_open_is_offline_until_it_can(how: str) -> None:
+    """Fault 2 (or 3, where only some sectors cannot be read); opened anew it is all there."""
+    scene = Scene()
+    scene.rig.close()
+
+    def fails(backing: SimBacking, operation: str, offset: int, _length: int) -> None:
+        if (
+            backing.name == "area"
+            and operation == "read"
+            and (how == "everything" or offset < 131072)
+        ):
+            raise OSError(errno.EIO, "the disk is broken")
+
+    scene.rig.host.hooks.append(fails)
+    assert scene.fault == 2
+    assert scene.write(0, 1) is not None
+    assert isinstance(scene.online(), VsnapError)
+    scene.rig.close()
+    scene.rig.host.hooks.clear()
+    assert scene.fault == 2, "P1"
+    scene.works()
+
+
+# --- what must not trip anything -----------------------------------------------------------------
+
+
+def test_reads_and_preserved_writes_never_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2: with a diff area that fails all I/O, they go on; only a write that needs a copy trips."""
+    scene = Scene()
+    scene.rig.host.fail("area", None, errno.EIO, times=FOREVER)
+
+    async def use(volume: Volume) -> None:
+        for block in range(4):
+            await write(volume, block * BLOCK + 100, pattern(20 + block, 50))
+        handle = volume.open_replica()
+        assert len(await handle.read(0, SIZE)) == SIZE
+        handle.close()
+        await flush(volume)
+        assert isinstance(await attempt(read_points(volume)), OSError)
+        assert volume.protection.is_online
+
+    scene.run(use)
+    assert scene.ids() == []
+    scene.write(11 * BLOCK, 1)
+    assert scene.fault == 7
+
+
+@pytest.mark.parametrize("operation", ["allocate", "write"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_trouble_of_the_replica_itself_is_no_fault(operation: str, code: int) -> None:
+    """P2: that request gets that errno and an event 1050, the volume stays online."""
+    scene = Scene()
+    scene.rig.host.files["replica"].written.discard(LAST // PAGE)  # A hole, never filled.
+    scene.rig.close()
+    before = scene.replica()
+    scene.rig.host.fail("replica", operation, code)
+    error = scene.write(LAST, 100)
+    assert error is not None
+    assert error.errno == code
+    assert scene.replica() == before
+    assert scene.fault is None
+    assert scene.ids() == []
+    assert scene.ids("vsnapfs").count(1050) == 1
+    assert scene.write(LAST, 100) is None
+    scene.exact()
+
+
+def test_handles_from_before_a_fault_stay_dead() -> None:
+    """P3: a file system that missed a write must be mounted afresh; new handles work."""
+    scene = Scene()
+    scene.rig.host.fail("area", "sync", errno.EIO)
+
+    async def use(volume: Volume) -> None:
+        old = volume.open_replica()
+        assert isinstance(await attempt(old.write(8 * BLOCK, b"x")), OSError)
+        await volume.online()
+        for work in (old.read(0, 1), old.write(0, b"x"), old.flush(), old.write(0, b"y" * SIZE)):
+            error = await attempt(work)
+            assert error is not None
+            assert error.errno == errno.ENODEV
+        new = volume.open_replica()
+        await new.write(8 * BLOCK, b"x")
+        assert bytes(await new.read(8 * BLOCK, 1)) == b"x"
+        await new.flush()
+
+    scene.run(use)
+    scene.exact()
+
+
+# --- the replica's sync --------------------------------------------------------------------------
+
+
+def test_a_failed_sync_of_the_replica_is_fault_13_and_never_retried_into_success() -> None:
+    """Rule 6: the flush fails, all later ones too; 140 is logged once; online opens it anew."""
+    scene = Scene()
+    assert scene.write(0, 100) is None
+    scene.rig.host.fail("replica", "sync", errno.EIO)
+    error = scene.flush()
+    assert error is not None
+    assert error.errno == errno.EIO
+    for _ in range(3):
+        error = scene.flush()
+        assert error is not None
+        assert error.errno == errno.ENODEV
+    assert scene.fault == 13
+    assert scene.ids() == [92]
+    assert scene.ids("vsnapfs") == [1060]
+    assert scene.ids("Microsoft-Windows-Ntfs") == [140]
+    scene.exact()
+    assert scene.online() is None
+    assert scene.flush() is None
+    scene.works()
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["same process", "next process"])
+def test_a_point_taken_after_a_failed_sync_holds_what_is_on_the_disk(reopened: bool) -> None:
+    """What a failed sync lost is not in the point, though the host's cache still shows it: or the
+    point would change with the next power failure.
+    """
+    scene = Scene()
+    assert scene.write(0, 2 * BLOCK, seed=31) is None
+    scene.rig.host.fail("replica", "sync", errno.EIO)
+    assert scene.flush() is not None
+    if reopened:
+        scene.rig.close()
+    assert scene.online() is None
+    scene.run(scene.create)
+    scene.exact()
+    scene.rig.crashed(nothing_kept)
+    scene.exact()
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def _rot(scene: Scene, offset: int) -> None:
+    area = scene.rig.host.files["area"]
+    for pages in (area.cache, area.disk):
+        byte = pages.read(offset, 1)[0]
+        pages.write(offset, bytes([byte ^ 0x10]))
+
+
+def _slot_of(volume: Volume, point: int, block: int) -> int:
+    found = volume.core.need_area().index.lookup(point, block)
+    assert found is not None
+    return found[1]
+
+
+def test_a_rotted_copy_is_eio_for_exactly_its_block() -> None:
+    """R1: EIO for that range of the points that read it, an event, a line in verify; no more."""
+    scene = Scene()
+
+    async def rot(volume: Volume) -> int:
+        return Layout(BLOCK).slot_offset(_slot_of(volume, 2, 1)) + 700
+
+    _rot(scene, scene.run(rot))
+
+    async def read(volume: Volume) -> None:
+        for number, content in scene.points.items():
+            handle = volume.open_point(number)
+            for start in range(0, SIZE, 1000):
+                length = min(1000, SIZE - start)
+                touched = start < 2 * BLOCK and start + length > BLOCK
+                error = await attempt(handle.read(start, length))
+                assert (error is not None) == touched, (number, start)
+                if error is None:
+                    assert (
+                        bytes(await handle.read(start, length)) == content[start : start + length]
+                    )
+                else:
+                    assert error.errno == errno.EIO
+            handle.close()
+        report = await volume.verify()
+        assert not report["ok"]
+        (problem,) = report["problems"]
+        assert problem["what"] == "preserved block"
+        assert problem["block"] == 1
+        assert problem["points"] == [1, 2]
+        assert problem["ranges"] == [[BLOCK, BLOCK]]
+        with pytest.raises(VsnapError) as caught:
+            await volume.restore(1)
+        assert caught.value.code == "damaged"
+        assert volume.protection.is_online
+
+    before = scene.replica()
+    scene.run(read)
+    assert scene.replica() == before
+    # Once for each point, however often it is read.
+    assert scene.ids("vsnapfs").count(1040) == 2
+    assert 61 in scene.ids()
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_rotted_descriptor_copy_is_healed_from_its_twin(copy: int) -> None:
+    """After an unclean stop both copies are looked at; the bad one is written anew, and told."""
+    scene = Scene()
+    _rot(scene, Layout(BLOCK).sector_offsets(0)[copy] + 60)
+    scene.rig.killed()
+    scene.exact()
+    assert 1041 in scene.ids("vsnapfs")
+    sectors = [
+        scene.rig.host.files["area"].cache.read(offset, 512)
+        for offset in Layout(BLOCK).sector_offsets(0)
+    ]
+    assert sectors[0] == sectors[1]
+    assert scene.write(0, SIZE) is None
+    scene.exact()
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_rotted_superblock_copy_is_healed_from_the_other(copy: int) -> None:
+    """Either copy is enough; the other is written anew before anything relies on it."""
+    scene = Scene()
+    scene.rig.close()
+    _rot(scene, SUPERBLOCK_OFFSETS[copy] + 5000)
+    scene.exact()
+    assert scene.fault is None
+    assert 1041 in scene.ids("vsnapfs")
+    assert scene.write(0, SIZE) is None
+    area = scene.rig.host.files["area"].cache
+    assert area.read(0, 65536) == area.read(65536, 65536)
+
+
+def test_both_descriptor_copies_rotted_is_fault_3_and_only_proven_reads() -> None:
+    """Rule 1: what could depend on the lost sector is EIO, never newer bytes; the rest is exact."""
+    scene = Scene()
+    for offset in Layout(BLOCK).sector_offsets(0):
+        _rot(scene, offset + 60)
+    scene.rig.killed()
+    assert scene.fault == 3
+    assert scene.ids().count(82) == 1
+
+    async def read(volume: Volume) -> None:
+        failed = 0
+        for number, content in scene.points.items():
+            handle = volume.open_point(number)
+            for block in range(13):
+                part = slice(block * BLOCK, min((block + 1) * BLOCK, SIZE))
+                error = await attempt(handle.read(part.start, part.stop - part.start))
+                if error is None:
+                    found = bytes(await handle.read(part.start, part.stop - part.start))
+                    assert found == content[part], "a wrong byte was returned"
+                else:
+                    assert error.errno == errno.EIO
+                    failed += 1
+            handle.close()
+        assert failed
+        assert not (await volume.verify())["ok"]
+
+    scene.run(read)
+    error = scene.online()
+    assert isinstance(error, VsnapError)
+    assert error.code == "no-way-online"
+    assert scene.fault == 3
