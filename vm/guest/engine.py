@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+
+import trio
 
 from vsnapfs.volume.volume import Volume
 
@@ -25,6 +29,23 @@ def sh(*command: str | Path) -> str:
 def sectors(device: str | Path) -> int:
     """Size of a block device in sectors of 512 bytes."""
     return int(sh("blockdev", "--getsz", device))
+
+
+@asynccontextmanager
+async def opened(directory: Path, *, accept_changed_replica: bool = False) -> AsyncIterator[Volume]:
+    """A running volume; closed at the end, which may raise."""
+    volume = await Volume.open(directory, accept_changed_replica=accept_changed_replica)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(volume.run)
+            try:
+                yield volume
+            finally:
+                # While it still runs: closing finishes what it does.
+                await volume.close()
+                nursery.cancel_scope.cancel()
+    finally:
+        await volume.close()
 
 
 async def read_replica(volume: Volume) -> bytes:

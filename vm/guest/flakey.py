@@ -12,11 +12,12 @@ import os
 import struct
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self
 
 import trio
-from engine import BLOCK, Wrong, blocks, read_point, read_replica, sectors, sh
+from engine import BLOCK, Wrong, blocks, opened, read_point, read_replica, sectors, sh
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume.create import create_volume
@@ -118,16 +119,25 @@ class Case:
         create_volume(
             self.directory, **sizes, replica=None, diff_area=FLAKY, from_image=None, force=True
         )
-        self.volume = await Volume.open(self.directory)
+        await self.open()
         await self.write(range(SIZE // BLOCK), 1)
         await self.point()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         set_disk("good")
+        await self.close()
+
+    async def open(self) -> None:
+        """Open the volume and let it run."""
+        self._stack = AsyncExitStack()
+        self.volume = await self._stack.enter_async_context(opened(self.directory))
+
+    async def close(self) -> None:
+        """Close the volume, which a disk that lied may make fail."""
         try:
-            await self.volume.close()
-        except (OSError, VsnapError) as error:
+            await self._stack.aclose()
+        except (OSError, VsnapError, BaseExceptionGroup) as error:
             print(f"{self.name}: closing: {error}", flush=True)
 
     async def write(self, numbers: range, seed: int) -> None:
@@ -161,15 +171,11 @@ class Case:
         if verified["ok"] and tally.refused:
             raise Wrong(f"{self.name}, {when}: blocks are EIO, and verify finds nothing")
 
-    async def again(self) -> bool:
-        """Close and open; False if that is refused, which loses nothing."""
-        try:
-            await self.volume.close()
-        except (OSError, VsnapError) as error:
-            print(f"{self.name}: closing: {error}", flush=True)
+    async def again(self) -> None:
+        """Close and open; what is refused loses nothing."""
+        await self.close()
         forget_caches()
-        self.volume = await Volume.open(self.directory)
-        return True
+        await self.open()
 
 
 async def corrupt_reads() -> None:
@@ -194,8 +200,8 @@ async def corrupt_writes() -> None:
         await case.write(range(32, 160), 3)
         set_disk("good")
         await case.read("in the running volume", must_refuse=None)
-        if await case.again():
-            await case.read("opened anew", must_refuse=None)
+        await case.again()
+        await case.read("opened anew", must_refuse=None)
 
 
 async def drop_copies() -> None:
@@ -205,8 +211,8 @@ async def drop_copies() -> None:
         await case.write(range(64), 2)
         set_disk("good")
         await case.read("in the running volume", must_refuse=True)
-        if await case.again():
-            await case.read("opened anew", must_refuse=None)
+        await case.again()
+        await case.read("opened anew", must_refuse=None)
 
 
 async def drop_all() -> None:

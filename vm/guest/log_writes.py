@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from engine import BLOCK, Wrong, blocks, read_point, read_replica, sectors, sh
+from engine import BLOCK, Wrong, blocks, opened, read_point, read_replica, sectors, sh
 
 from vsnapfs.volume.create import create_volume
-from vsnapfs.volume.volume import Volume
 
 LOGGED, LOG, REPLAY = "/dev/vm/data", "/dev/vm/log", "/dev/vm/replay"
 PLACE = Path("/data")
@@ -70,44 +69,45 @@ class Marks:
 async def work(seed: int, steps: int, marks: Marks) -> None:
     """A workload on one volume, with a mark before and after each promise."""
     rng = random.Random(seed)  # noqa: S311 - nothing secret
-    volume = await Volume.open(PLACE / "vol")
-    now = Expected(may=[[content] for content in blocks(await read_replica(volume))])
-    handle = volume.open_replica()
-    marks.set(now)
-    for step in range(steps):
-        kind = rng.choices(("write", "flush", "create", "delete", "resize"), (50, 20, 15, 10, 5))[0]
-        if kind == "write":
-            first, count = rng.randrange(len(now.may) - 4), rng.randint(1, 4)
-            data = struct.pack("<QQ", seed, step) * (count * BLOCK // 16)
-            for number, content in enumerate(blocks(data), start=first):
-                now.may[number].append(content)
-            marks.set(now)
-            await handle.write(first * BLOCK, data)
-        elif kind == "flush":
-            await handle.flush()
-            now.may = [contents[-1:] for contents in now.may]
-            marks.set(now)
-        elif kind == "create" and len(now.points) < 6:
-            now.creating = [contents[-1] for contents in now.may]
-            marks.set(now)
-            point = await volume.create_point()
-            now.points[point.number], now.creating = now.creating, None
-            # A point flushes what was written before it.
-            now.may = [contents[-1:] for contents in now.may]
-            marks.set(now)
-        elif kind == "delete" and now.points:
-            number = rng.choice(sorted(now.points))
-            now.deleting.add(number)
-            marks.set(now)
-            await volume.delete_point(number)
-            del now.points[number]
-            now.deleting.clear()
-            marks.set(now)
-        elif kind == "resize":
-            least = volume.status()["diff_area"]["minimum"]
-            await volume.resize(max(least, rng.choice(AREAS)))
-    handle.close()
-    await volume.close()
+    async with opened(PLACE / "vol") as volume:
+        now = Expected(may=[[content] for content in blocks(await read_replica(volume))])
+        handle = volume.open_replica()
+        marks.set(now)
+        for step in range(steps):
+            kind = rng.choices(
+                ("write", "flush", "create", "delete", "resize"), (50, 20, 15, 10, 5)
+            )[0]
+            if kind == "write":
+                first, count = rng.randrange(len(now.may) - 4), rng.randint(1, 4)
+                data = struct.pack("<QQ", seed, step) * (count * BLOCK // 16)
+                for number, content in enumerate(blocks(data), start=first):
+                    now.may[number].append(content)
+                marks.set(now)
+                await handle.write(first * BLOCK, data)
+            elif kind == "flush":
+                await handle.flush()
+                now.may = [contents[-1:] for contents in now.may]
+                marks.set(now)
+            elif kind == "create" and len(now.points) < 6:
+                now.creating = [contents[-1] for contents in now.may]
+                marks.set(now)
+                point = await volume.create_point()
+                now.points[point.number], now.creating = now.creating, None
+                # A point flushes what was written before it.
+                now.may = [contents[-1:] for contents in now.may]
+                marks.set(now)
+            elif kind == "delete" and now.points:
+                number = rng.choice(sorted(now.points))
+                now.deleting.add(number)
+                marks.set(now)
+                await volume.delete_point(number)
+                del now.points[number]
+                now.deleting.clear()
+                marks.set(now)
+            elif kind == "resize":
+                least = volume.status()["diff_area"]["minimum"]
+                await volume.resize(max(least, rng.choice(AREAS)))
+        handle.close()
 
 
 # --- the log -----------------------------------------------------------------------------------
@@ -189,8 +189,7 @@ def judge(expected: Expected, mark: int, entry: int) -> int:
 
 async def _judge(expected: Expected) -> int:
     # The device has another number than the one it was written on: that is no neighbour's write.
-    volume = await Volume.open(PLACE / "vol", accept_changed_replica=True)
-    try:
+    async with opened(PLACE / "vol", accept_changed_replica=True) as volume:
         there = {point.number for point in volume.points}
         if missing := set(expected.points) - there - expected.deleting:
             raise Wrong(f"points are lost: {sorted(missing)}")
@@ -199,14 +198,9 @@ async def _judge(expected: Expected) -> int:
             raise Wrong(f"points are there that should not be: {sorted(extra)}")
         for number in sorted(there):
             wanted = expected.points.get(number, expected.creating)
-            got = await read_point(volume, number)
-            if got != wanted:
-                assert wanted is not None
-                bad = [
-                    at
-                    for at, pair in enumerate(zip(got, wanted, strict=True))
-                    if pair[0] != pair[1]
-                ]
+            assert wanted is not None
+            pairs = zip(await read_point(volume, number), wanted, strict=True)
+            if bad := [at for at, (one, other) in enumerate(pairs) if one != other]:
                 raise Wrong(f"point {number} differs in blocks {bad}")
         for at, content in enumerate(blocks(await read_replica(volume))):
             if not possible(content, expected.may[at]):
@@ -214,8 +208,6 @@ async def _judge(expected: Expected) -> int:
         verified = await volume.verify()
         if not verified["ok"]:
             raise Wrong(f"verify: {verified['problems']}")
-    finally:
-        await volume.close()
     return len(there)
 
 
