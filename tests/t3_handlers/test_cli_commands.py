@@ -17,7 +17,7 @@ import cli_backend
 import pytest
 from cli_backend import MIB, POINTS, Backend, fault, ok, refused, run, status_of, write_events
 
-from vsnapfs.errors import BusyError
+from vsnapfs.errors import BusyError, VsnapError
 
 backend = cli_backend.backend
 volume = cli_backend.volume
@@ -82,6 +82,7 @@ def test_create_insists_on_the_policies_there_are(tmp_path: Path) -> None:
 
 def test_mount_starts_a_server(backend: Backend, volume: Path, tmp_path: Path) -> None:
     """The command mount hands the volume, the mountpoint and the options to the daemon."""
+    backend.answers["status"] = {"state": "online", "fault": None}
     result = ok("mount", volume, tmp_path / "m", "-o", "allow_other,noatime", "-o", "noexec")
     kind, args, kwargs = backend.done[-1]
     assert kind == "spawn"
@@ -89,7 +90,21 @@ def test_mount_starts_a_server(backend: Backend, volume: Path, tmp_path: Path) -
     assert kwargs["options"] == ("allow_other,noatime", "noexec")
     assert kwargs["accept_changed_replica"] is False
     assert "4711" in result.stderr
+    assert "warning" not in result.stderr
     assert result.stdout == ""
+
+
+def test_mount_says_that_the_volume_is_offline(
+    backend: Backend, volume: Path, tmp_path: Path
+) -> None:
+    """Mounting an offline volume succeeds with a warning; that status fails spoils nothing."""
+    fault = {"code": 8, "name": "DIFF_AREA_FULL"}
+    backend.answers["status"] = {"state": "offline", "fault": fault}
+    assert "offline by fault 8 DIFF_AREA_FULL" in ok("mount", volume, tmp_path / "m").stderr
+    backend.answers["status"] = {"state": "offline", "fault": None}
+    assert "is offline: recovery points" in ok("mount", volume, tmp_path / "m").stderr
+    backend.answers["status"] = VsnapError("gone again")
+    assert "4711" in ok("mount", volume, tmp_path / "m").stderr
 
 
 def test_mount_in_the_foreground_serves_here(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note
+from vsnapfs.cli.output import note, warn
 from vsnapfs.cli.params import FileType, VolumeNameType, lang_option, volume_argument
 from vsnapfs.cli.volumes import find_mount, find_volume
 from vsnapfs.config import shown
@@ -50,7 +50,7 @@ def mount(
     volume that is offline can be mounted too: its recovery points are readable.
     """
     place = Path(os.path.abspath(mountpoint))
-    from vsnapfs.daemon import process, server
+    from vsnapfs.daemon import client, process, server
 
     accept = accept_changed_replica
     if foreground:
@@ -61,13 +61,27 @@ def mount(
             options=options,
             accept_changed_replica=accept,
             lang=lang,
+            warn=warn,
             ready=lambda: note(
                 f"{shown(volume)} is mounted on {shown(place)}; Ctrl-C unmounts it."
             ),
         )
         return
-    pid = server.spawn(volume, place, options=options, accept_changed_replica=accept, lang=lang)
+    pid = server.spawn(
+        volume, place, options=options, accept_changed_replica=accept, lang=lang, warn=warn
+    )
     note(f"{shown(volume)} is mounted on {shown(place)} (process {pid}).")
+    try:
+        state = client.call(volume, "status")
+    except VsnapError:
+        return  # it is mounted, and that is what was asked for
+    if state.get("state") == "offline":
+        fault = state.get("fault")
+        why = f" by fault {fault['code']} {fault['name']}" if fault else ""
+        warn(
+            f"{shown(volume)} is offline{why}: recovery points can be read, the replica cannot. "
+            f"`vsnapfs status {shown(volume)}` shows the way out."
+        )
 
 
 @click.command(
