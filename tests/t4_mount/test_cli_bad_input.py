@@ -431,7 +431,6 @@ def test_commands_that_are_none(machine: Machine) -> None:
         ("create", base / "v", "--size", "1MiB"),
         ("create", base / "v", "--diff-area-size", "8MiB", "--sparkle"),
         ("mount", base / "v"),
-        ("rp",),
         ("rp", "delete"),
         ("rp", "sing"),
         ("resize", base / "v"),

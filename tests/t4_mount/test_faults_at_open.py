@@ -91,6 +91,7 @@ def test_a_missing_diff_area(machine: Machine) -> None:
     rig.area.rename(aside)
     said = vsnapfs("mount", rig.directory, rig.place)
     assert "is mounted on" in said
+    assert "is offline by fault 1 DIFF_AREA_MISSING" in said
     assert str(rig.area) in is_offline_by(rig, 1)
     assert rig.points() == []
     assert os.listdir(rig.place / "recovery-points") == ["by-time"]
