@@ -26,9 +26,10 @@ def inner(tmp_path: Path) -> Inner:
     def run(code: str, *, ci: bool = False, fuse: str = "/dev/fuse") -> object:
         work = tmp_path / "inner"
         (work / "tests").mkdir(parents=True)
-        conftest = (TESTS / "conftest.py").read_text()
-        assert '"/dev/fuse"' in conftest
-        (work / "tests" / "conftest.py").write_text(conftest.replace('"/dev/fuse"', repr(fuse)))
+        (work / "tests" / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+        house = (TESTS / "house.py").read_text()
+        assert '"/dev/fuse"' in house
+        (work / "tests" / "house.py").write_text(house.replace('"/dev/fuse"', repr(fuse)))
         shutil.copy(TESTS.parent / "pyproject.toml", work)
         (work / "tests" / "test_inner.py").write_text(code)
         environment = dict(os.environ)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, loop_devices, missing_for_loop, mounts
+from house import ROOT, loop_devices, missing_for_loop, mounts
 
 from vsnapfs.demo import text_en, text_ja
 from vsnapfs.demo.machine import remove_all
