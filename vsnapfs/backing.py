@@ -335,7 +335,7 @@ class FileBacking:
     # -- being there ----------------------------------------------------------------------------
 
     def check_present(self) -> None:
-        """See `Backing.check_present`. Compares path and open file, DESIGN's removal rule."""
+        """See `Backing.check_present`. Compares the path with the open file."""
         try:
             there = os.stat(self.path, follow_symlinks=self._follow)
         except OSError as error:

@@ -4,7 +4,7 @@ Owns the exception classes and the list of faults. Two kinds of failure exist:
 
 * `VsnapError`: a command cannot be carried out. Its message says what happened and to which
   volume, its hint what to do next; `exit_code` is what a script sees.
-* plain `OSError` with the errno of DESIGN's table: a request on the data path is refused
+* plain `OSError` with the errno that docs/faults.md lists: a request on the data path is refused
   (ENODEV offline, ENOSPC refused, EIO bad checksum or failed read, ESTALE deleted point).
 
 Leaves the wording of logged events to `events`, and raising faults to `volume`.

@@ -33,7 +33,7 @@ from vsnapfs.events.wording import _values
 
 
 def test_the_catalog_has_every_event_with_its_real_level() -> None:
-    """Ids and levels are those of Windows, and of DESIGN for our own source."""
+    """Ids and levels are those of Windows, and as the catalog says for our own source."""
     found: dict[tuple[str, str], set[int]] = {}
     for entry in CATALOG.values():
         found.setdefault((str(entry.source), str(entry.level)), set()).add(entry.event_id)

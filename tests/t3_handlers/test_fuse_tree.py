@@ -188,7 +188,7 @@ def test_dot_names(handlers: VolumeOperations) -> None:
 
 
 def test_attributes(volume: FakeVolume, handlers: VolumeOperations) -> None:
-    """Modes, sizes, owners, links, blocks and times are what DESIGN §6 says."""
+    """Modes, sizes, owners, links, blocks and times are what the mounted tree promises."""
     volume.add_point(7, NOON + 123_456_789)
     root = run(handlers.getattr(tree.ROOT, None))
     assert stat.filemode(root.st_mode) == "drwx------"

@@ -48,7 +48,7 @@ def _raise_file_limit() -> None:
 
 
 def _become_io_flusher() -> bool:
-    """Tell the kernel that reclaiming memory must not wait for this process (DESIGN §6 rule 12).
+    """Tell the kernel that reclaiming memory must not wait for this process.
 
     Without it, a loop device over this server can hang the machine when memory is short: we need
     memory to write, and the kernel would want to write through us to get it. Needs

@@ -45,7 +45,7 @@ class _Handle(Protocol):
 
 
 class VolumeOperations(pyfuse3.Operations):
-    """The tree of DESIGN §6 over one open volume.
+    """The tree that `Tree` lays out, over one open volume.
 
     shared: other users may look into the mount (allow_other), so its root is 0755, not 0700.
     lang: language of events.log.

@@ -1,6 +1,6 @@
 """The one place where an exception becomes the errno a process sees.
 
-Promises (DESIGN §3): no exception but FUSEError leaves a handler, since pyfuse3 would never answer
+Promises: no exception but FUSEError leaves a handler, since pyfuse3 would never answer
 that request and would end its loop; ENOTCONN (FUSE's own word for a dead server) and ENOSYS and
 EINVAL from fsync (the kernel stops sending it, loop turns it into success) never leave at all.
 trio.Cancelled is no Exception and passes untouched.

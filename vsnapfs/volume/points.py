@@ -1,6 +1,6 @@
 """Recovery points: create, delete, find, and the rules for labels.
 
-Owns the catalog as it changes. Creating follows DESIGN's order: flush without holding writes,
+Owns the catalog as it changes. Creating keeps one order: flush without holding writes,
 hold them, wait for those in flight, sync the replica (the point falls through to it), commit,
 release, answer. Deleting is one commit of the superblock; slots are free only after it.
 Promise C2: deleting needs no room and works in every state.
