@@ -1,0 +1,158 @@
+"""Policy evict: writes go on, points go oldest first or all at once, and the log says which."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from rig import BLOCK, SMALLEST, attempt, pattern, read_point, small_steps, write
+from scene import SIZE, Scene
+from simdisk import FOREVER
+
+from vsnapfs.volume import Volume
+
+
+def _given_up(scene: Scene, event: int) -> None:
+    """All points are lost by `event`, the volume goes on, and none comes back."""
+    params = scene.rig.log.params(event)
+    assert params["points"] == [1, 2]
+    assert params["used"] <= params["allocated"] <= params["maximum"]
+    assert scene.fault is None
+    scene.exact(only=set())
+    assert scene.write(0, SIZE, seed=50) is None
+    assert scene.replica() == pattern(50, SIZE)
+    scene.rig.host.failures.clear()
+    scene.rig.killed()
+    scene.exact(only=set())
+    assert scene.replica() == pattern(50, SIZE)
+    if scene.fault is not None:
+        assert scene.online() is None
+
+    async def again(volume: Volume) -> None:
+        assert volume.points == []
+        await scene.create(volume)
+        assert max(scene.points) == 3, "a number is never used twice"
+        await write(volume, 0, pattern(51, SIZE))
+
+    scene.run(again)
+    scene.exact(only={3})
+    scene.rig.close()
+    scene.exact(only={3})
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"), [("replica", "read"), ("area", "write"), ("area", "sync")]
+)
+@pytest.mark.parametrize("times", [1, FOREVER])
+def test_a_copy_that_fails_costs_all_points_and_says_so(
+    name: str, operation: str, times: int
+) -> None:
+    """14 (Error): points given up after an I/O failure; a stale superblock cannot revive them."""
+    scene = Scene(on_full="evict")
+    scene.rig.host.fail(name, operation, errno.EIO, times=times)
+    assert scene.write(6 * BLOCK, 10) is None
+    assert scene.ids() == [14]
+    _given_up(scene, 14)
+
+
+def test_an_area_that_is_gone_costs_all_points() -> None:
+    """14, and the volume goes on without its diff area."""
+    scene = Scene(on_full="evict")
+    gone = scene.rig.host.remove("area")
+    assert scene.write(6 * BLOCK, 10) is None
+    assert scene.ids() == [14]
+    scene.rig.host.files["area"] = gone
+    _given_up(scene, 14)
+
+
+def test_a_loss_that_cannot_be_recorded_is_a_fault() -> None:
+    """If not even the state file can say that the points are lost, nothing is overwritten."""
+    scene = Scene(on_full="evict")
+    before = scene.replica()
+    scene.rig.host.fail("area", "write", errno.EIO, times=FOREVER)
+    scene.rig.host.fail("state", "write", errno.EIO, times=FOREVER)
+    error = scene.write(6 * BLOCK, 10)
+    assert error is not None
+    assert error.errno == errno.ENODEV
+    assert scene.replica() == before
+    scene.exact()
+
+
+def test_the_oldest_point_goes_when_the_maximum_is_reached() -> None:
+    """33 (Information) for each point deleted to stay below the limit; the others are exact."""
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST)
+        scene.run(scene.fill, 4)
+        newest = max(scene.points)
+        assert scene.write(0, SIZE) is None
+        gone = [params["point"] for _, number, params in scene.rig.log.events if number == 33]
+        assert gone == list(range(1, len(gone) + 1))
+        assert gone
+        scene.exact(only={number for number in scene.points if number > len(gone)})
+        assert newest not in gone
+        scene.rig.killed()
+        scene.exact(only={number for number in scene.points if number > len(gone)})
+
+
+def test_points_go_when_the_host_has_no_space_to_grow() -> None:
+    """35 (Error): growing failed, the oldest points were given up."""
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST + 100 * BLOCK)
+        scene.rig.host.fail("area", "allocate", errno.ENOSPC, times=FOREVER)
+        scene.run(scene.fill, 4)
+        assert scene.write(0, SIZE) is None
+        gone = [params["point"] for _, number, params in scene.rig.log.events if number == 35]
+        assert gone == list(range(1, len(gone) + 1))
+        assert gone
+        scene.exact(only={number for number in scene.points if number > len(gone)})
+
+
+def test_points_go_when_growing_is_too_slow() -> None:
+    """25 (Error): all points deleted because the area could not grow in time."""
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST + 100 * BLOCK, grow_timeout=0.0)
+        scene.run(scene.fill, 6)
+        assert scene.write(0, SIZE) is None
+        assert scene.rig.log.params(25)["points"] == sorted(scene.points)
+        scene.exact(only=set())
+
+
+def test_a_write_larger_than_the_whole_area_takes_every_point_and_goes_through() -> None:
+    """No point can be kept beside it: all go, one by one, and the write is not refused."""
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST)
+
+        async def fill(volume: Volume) -> None:
+            area = volume.core.need_area()
+            taken = area.slots.reserve(area.slots.free)
+            assert taken
+            volume.room.promised.update(taken)
+
+        scene.run(fill)
+        assert scene.write(0, SIZE) is None
+        assert scene.ids().count(33) == 2
+        scene.run(_no_points)
+
+
+async def _no_points(volume: Volume) -> None:
+    assert volume.points == []
+
+
+def test_a_handle_on_an_evicted_point_gets_estale() -> None:
+    """Eviction does not ask who has the point open."""
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST)
+        scene.run(scene.fill, 4)
+
+        async def use(volume: Volume) -> None:
+            handle = volume.open_point(1)
+            newest = volume.points[-1].number
+            before = await read_point(volume, newest)
+            await write(volume, 0, pattern(60, SIZE))
+            error = await attempt(handle.read(0, 1))
+            assert error is not None
+            assert error.errno == errno.ESTALE
+            assert await read_point(volume, newest) == before
+            handle.close()
+
+        scene.run(use)
