@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -374,20 +375,30 @@ def test_kills_while_a_point_is_restored(
         assert not rig.status()["restoring"]
         all_points_exact(rig, checksums)
     report(record_property, "restores continued after a kill", f"{continued} of 6")
-    # Once for certain: killed as soon as the log says that writing has begun.
-    before = len(rig.events())
-    number = 1 if sha256(rig.replica) != checksums[1] else 2
+    # Once for certain: killed as soon as the log says that writing has begun. A fast machine may
+    # be done before; then again, with a point that differs.
+    ids: list[int] = []
+    for number in (1, 2, 3, 1, 2, 3):
+        if 65 in ids or sha256(rig.replica) == checksums[number]:
+            continue
+        ids = killed_once_begun(rig, number)
+        assert sha256(rig.replica) == checksums[number]
+        all_points_exact(rig, checksums)
+    assert ids == [64, 65, 66]
 
-    def begun_is_killed() -> None:
+
+def killed_once_begun(rig: Rig, number: int) -> list[int]:
+    """Restore a point, with a SIGKILL after event 64. Mounts again; the events of the restore."""
+    before = len(rig.events())
+
+    def kill() -> None:
         until(lambda: 64 in rig.event_ids()[before:])
         rig.kill()
 
-    killer = threading.Thread(target=begun_is_killed, daemon=True)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(VsnapError):
+    with suppress(VsnapError):
         rig.call("rp_restore", point=number)
     killer.join(30)
     mount_again(rig)
-    assert [event for event in rig.event_ids()[before:] if event in (64, 65, 66)] == [64, 65, 66]
-    assert sha256(rig.replica) == checksums[number]
-    all_points_exact(rig, checksums)
+    return [event for event in rig.event_ids()[before:] if event in (64, 65, 66)]
