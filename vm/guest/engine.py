@@ -18,9 +18,11 @@ class Wrong(Exception):
     """A promise does not hold."""
 
 
-def sh(*command: str | Path) -> str:
-    """Run a command and return what it printed; Wrong if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def sh(*command: str | Path, given: str | None = None) -> str:
+    """Run a command, with something to read, and return what it printed; Wrong if it fails."""
+    done = subprocess.run(
+        command, input=given, capture_output=True, text=True, check=False, timeout=120
+    )
     if done.returncode != 0:
         raise Wrong(f"{' '.join(map(str, command))}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,9 +28,9 @@ DISK, FLAKY, NAME = "/dev/vm/data", Path("/dev/mapper/flaky"), "flaky"
 PLACE = Path("/dev/shm")  # noqa: S108 - the guest's own
 SIZE = 4 << 20
 # Up for 0 s, down for a long time: always down. The features say what down means.
-# In a bio, the byte that is damaged; and where the first group's slots begin (diffarea/layout.py).
+# In a bio, the byte that is damaged; and where the first slots begin (diffarea/layout.py).
 BYTE = 1000
-SLOTS_BEGIN = (128 + 64) << 10
+SLOTS_BEGIN, SLOTS = (128 + 64) << 10, 32
 
 
 def linear(start: int, length: int) -> str:
@@ -43,7 +44,6 @@ def table(kind: str) -> str:
     slots = SLOTS_BEGIN // 512
     flakey = f"flakey {DISK} {{start}} 0 100000"
     features = {
-        "corrupt-reads": f"5 corrupt_bio_byte {BYTE} r 165 0",
         "corrupt-writes": f"5 corrupt_bio_byte {BYTE} w 165 0",
         "drop-all": "1 drop_writes",
         "drop-copies": "1 drop_writes",
@@ -54,7 +54,7 @@ def table(kind: str) -> str:
     if kind == "drop-copies":
         # Superblocks and the first table are written; the first 32 slots and the rest are not.
         bad = flakey.format(start=slots)
-        middle = 32 * BLOCK // 512
+        middle = SLOTS * BLOCK // 512
         rest = slots + middle
         return "\n".join(
             (
@@ -69,8 +69,20 @@ def table(kind: str) -> str:
 def set_disk(kind: str) -> None:
     """Change how the disk behaves, under whoever has it open."""
     sh("dmsetup", "suspend", NAME)
-    sh("dmsetup", "load", NAME, "--table", table(kind))
+    sh("dmsetup", "load", NAME, given=table(kind))
     sh("dmsetup", "resume", NAME)
+
+
+def rot() -> None:
+    """Flip a bit in every eighth slot of the first 32, beneath everybody; twice is never."""
+    fd = os.open(DISK, os.O_RDWR)
+    try:
+        for at in range(SLOTS_BEGIN + BYTE, SLOTS_BEGIN + SLOTS * BLOCK, 8 * BLOCK):
+            (byte,) = os.pread(fd, 1, at)
+            os.pwrite(fd, bytes((byte ^ 1,)), at)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def forget_caches() -> None:
@@ -79,9 +91,9 @@ def forget_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
-def content(seed: int, number: int) -> bytes:
-    """A block that says which it is."""
-    return struct.pack("<QQ", seed, number) * (BLOCK // 16)
+def content(name: str, seed: int, number: int) -> bytes:
+    """A block that says which it is, and of which case: what a disk kept from another is wrong."""
+    return struct.pack("<16sQQ", name.encode(), seed, number) * (BLOCK // 32)
 
 
 class Tally:
@@ -89,6 +101,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.right = self.refused = self.wrong = 0
+        self.unlisted: list[int] = []
 
     def add(self, got: list[bytes | None], wanted: list[bytes | None]) -> None:
         """Compare one point."""
@@ -101,7 +114,8 @@ class Tally:
                 self.wrong += 1
 
     def __str__(self) -> str:
-        return f"{self.right} right, {self.refused} EIO, {self.wrong} WRONG"
+        unlisted = f", points {self.unlisted} not listed" if self.unlisted else ""
+        return f"{self.right} right, {self.refused} EIO, {self.wrong} WRONG{unlisted}"
 
 
 class Case:
@@ -145,7 +159,7 @@ class Case:
         handle = self.volume.open_replica()
         try:
             for number in numbers:
-                await handle.write(number * BLOCK, content(seed, number))
+                await handle.write(number * BLOCK, content(self.name, seed, number))
             await handle.flush()
         finally:
             handle.close()
@@ -159,17 +173,33 @@ class Case:
         """Every point again; Wrong for any wrong byte, or if what must be noticed is not."""
         forget_caches()
         tally = Tally()
+        listed = {point.number for point in self.volume.points}
         for number, wanted in self.points.items():
-            tally.add(await read_point(self.volume, number), wanted)
-        verified = await self.volume.verify()
-        kinds = sorted({problem["what"] for problem in verified["problems"]})
-        print(f"{self.name}, {when}: {tally}; verify: {kinds or 'all well'}", flush=True)
+            if number in listed:
+                tally.add(await read_point(self.volume, number), wanted)
+            else:
+                tally.unlisted.append(number)
+        finds = await self.verify()
+        print(f"{self.name}, {when}: {tally}; verify: {finds or 'all well'}", flush=True)
         if tally.wrong:
             raise Wrong(f"{self.name}, {when}: {tally.wrong} blocks read back wrong")
+        status = self.volume.status()
+        if tally.unlisted and not (status["state"] == "offline" and status["fault"]):
+            raise Wrong(f"{self.name}, {when}: points {tally.unlisted} are gone without a fault")
         if must_refuse is not None and must_refuse != bool(tally.refused):
             raise Wrong(f"{self.name}, {when}: {tally.refused} blocks are EIO")
-        if verified["ok"] and tally.refused:
-            raise Wrong(f"{self.name}, {when}: blocks are EIO, and verify finds nothing")
+        if not finds and (tally.refused or tally.unlisted):
+            raise Wrong(f"{self.name}, {when}: {tally}, and verify finds nothing")
+
+    async def verify(self) -> list[str]:
+        """What verify finds, or why it can find nothing; empty if all is well."""
+        try:
+            verified = await self.volume.verify()
+        except VsnapError as error:
+            return [f"refused: {error.message}"]
+        if verified["ok"] == bool(verified["problems"]):
+            raise Wrong(f"{self.name}: verify contradicts itself: {verified}")
+        return sorted({problem["what"] for problem in verified["problems"]})
 
     async def again(self) -> None:
         """Close and open; what is refused loses nothing."""
@@ -178,29 +208,36 @@ class Case:
         await self.open()
 
 
-async def corrupt_reads() -> None:
-    """Damage on the way from the disk: noticed, and gone when the disk is good again."""
-    async with Case("corrupt-reads") as case:
+async def rotted() -> None:
+    """Bits flip on the disk: noticed in the blocks they hit; all is well once they flip back."""
+    async with Case("rot") as case:
         await case.write(range(128), 2)
         await case.point()
         await case.write(range(64, 192), 3)
         await case.read("before", must_refuse=False)
-        set_disk("corrupt-reads")
-        await case.read("while reads are damaged", must_refuse=True)
-        set_disk("good")
+        rot()
+        await case.read("rotted", must_refuse=True)
+        rot()
         await case.read("afterwards", must_refuse=False)
 
 
 async def corrupt_writes() -> None:
-    """Damage on the way to the disk: noticed at once and after opening anew."""
+    """Damage on the way to the disk: noticed when writing or when reading, also opened anew."""
     async with Case("corrupt-writes") as case:
         await case.write(range(64), 2)
         await case.point()
         set_disk("corrupt-writes")
-        await case.write(range(32, 160), 3)
+        try:
+            await case.write(range(32, 160), 3)
+        except OSError as error:
+            print(f"corrupt-writes: the writer sees {error.strerror}", flush=True)
+        status = case.volume.status()
+        print(f"corrupt-writes: {status['state']}, fault {status['fault']}", flush=True)
         set_disk("good")
         await case.read("in the running volume", must_refuse=None)
         await case.again()
+        status = case.volume.status()
+        print(f"corrupt-writes: {status['state']}, fault {status['fault']}", flush=True)
         await case.read("opened anew", must_refuse=None)
 
 
@@ -250,7 +287,7 @@ async def error_writes() -> None:
 
 
 CASES: tuple[Callable[[], Awaitable[None]], ...] = (
-    corrupt_reads,
+    rotted,
     corrupt_writes,
     drop_copies,
     drop_all,
@@ -261,15 +298,16 @@ CASES: tuple[Callable[[], Awaitable[None]], ...] = (
 def main() -> int:
     """Every case (or those named); 0 if nothing was read back wrong."""
     sh("modprobe", "dm_flakey")
-    sh("dmsetup", "create", NAME, "--table", table("good"))
+    sh("dmsetup", "create", NAME, given=table("good"))
     failed = []
     for case in CASES:
-        name = case.__name__.replace("_", "-")
+        name = case.__name__.replace("_", "-").replace("rotted", "rot")
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         try:
             trio.run(case)
         except BaseException as error:  # noqa: BLE001 - the other cases are run all the same
+            traceback.print_exc()
             print(f"WRONG in {name}: {type(error).__name__}: {error}", flush=True)
             failed.append(name)
     print(f"{len(failed)} cases failed{': ' if failed else ''}{', '.join(failed)}", flush=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from host import qemu
 
-CASES = ("corrupt-reads", "corrupt-writes", "drop-copies", "drop-all", "error-writes")
+CASES = ("rot", "corrupt-writes", "drop-copies", "drop-all", "error-writes")
 EPILOG = """\
 dm-flakey of the guest's stock kernel lies under the diff area. Every block of every recovery point
 must then read back exactly or as EIO, and verify must notice:
 
-  corrupt-reads   one byte of each read is changed; all is well again afterwards
+  rot             bits flip on the disk; all is well again once they have flipped back
   corrupt-writes  one byte of each write is changed; also after opening the volume anew
   drop-copies     writes to some slots are dropped, but reported as done; also after opening anew
   drop-all        all writes are dropped; in the running volume only (see vm/README.md)
