@@ -236,8 +236,11 @@ def _understand(line: bytes) -> dict[str, Any]:
 def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
     operation = OPERATIONS[op]
 
+    # Opening alone may repair something already.
+    dry_run = params.get("dry_run") is True
+
     async def main() -> Any:
-        volume = await _open_here(folder)
+        volume = await _open_here(folder, dry_run=dry_run)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(volume.run)
@@ -262,11 +265,11 @@ async def _close(volume: Volume) -> None:
         await volume.close()
 
 
-async def _open_here(folder: Path) -> Volume:
+async def _open_here(folder: Path, *, dry_run: bool) -> Volume:
     from vsnapfs.volume import Volume
 
     try:
-        return await Volume.open(folder)
+        return await Volume.open(folder, dry_run=dry_run)
     except VsnapError as error:
         if error.code == "busy":
             raise _Locked(error) from error

@@ -136,6 +136,10 @@ async def _verify(volume: Volume, progress: Progress) -> dict[str, Any]:
     return await volume.verify(progress=progress)
 
 
+async def _repair(volume: Volume, progress: Progress, *, dry_run: bool) -> dict[str, Any]:
+    return await volume.repair(dry_run=dry_run, progress=progress)
+
+
 _POINT = Param((str, int))
 _FORCE = Param((bool,), default=False)
 
@@ -152,6 +156,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("offline", _offline),
         Operation("online", _online, {"give_up_recovery_points": Param((bool,), default=False)}),
         Operation("verify", _verify, interruptible=True),
+        Operation("repair", _repair, {"dry_run": Param((bool,), default=False)}),
     )
 }
 """All that can be asked of a volume. `stop` exists besides, for a serving process only."""

@@ -198,17 +198,13 @@ class DiffArea(AreaStore):
         image = memo[sector]
         return image is not None and image.get(place) == wanted
 
-    def _descriptor(self, slot: int) -> Descriptor | None:
+    def descriptor_of(self, slot: int) -> Descriptor | None:
+        """What is recorded of a slot, None if nothing is or it cannot be read."""
         sector, place = divmod(slot, SLOTS_PER_SECTOR)
         try:
             return self._sector(sector).get(place)
         except FaultError:
             return None
-
-    def descriptor_hash(self, slot: int) -> int | None:
-        """The recorded xxh3-64 of a slot's block, None if its descriptor cannot be read."""
-        descriptor = self._descriptor(slot)
-        return None if descriptor is None else descriptor.hash
 
     # -- mending ----------------------------------------------------------------------------------
 
@@ -291,7 +287,7 @@ class DiffArea(AreaStore):
         size = self.layout.block_size
         changes: dict[int, Descriptor | None] = {}
         for block, epoch, old, new in moves:
-            descriptor = self._descriptor(old)
+            descriptor = self.descriptor_of(old)
             if descriptor is None:
                 raise FaultError(
                     FaultCode.META_DATA_CORRUPTION, f"slot {old} has no descriptor", block=block

@@ -61,7 +61,8 @@ class Report:
     """What opening found. Counts of copies (kept, dropped, damaged) concern the newest barrier.
 
     healed: what was brought back from its twin, in words; rot: each structure among it that was
-    bad (not just older), as `verify` describes problems. unclean: no clean close before.
+    bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
+    had two valid copies, one of them older. unclean: no clean close before.
     """
 
     unclean: bool = False
@@ -71,6 +72,7 @@ class Report:
     damaged: int = 0
     healed: list[str] = field(default_factory=list)
     rot: list[dict[str, Any]] = field(default_factory=list)
+    differing: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -169,9 +171,11 @@ class _Scan:
         layout = Layout(superblock.block_size)
         groups = -(-max(0, backing.size() - HEADER_SIZE) // layout.group_size)
         claimed = layout.slots_in(superblock.allocated)
-        present = min(claimed, groups * SLOTS_PER_GROUP)
-        self.area = DiffArea(backing, superblock, present)
-        self.is_cut = present < claimed
+        self.present = min(claimed, groups * SLOTS_PER_GROUP)
+        self.is_cut = self.present < claimed
+        # A sparse file may be that long, too: the map of its slots is made when its tables are
+        # there.
+        self.area = DiffArea(backing, superblock, 0)
         self.report = Report(unclean=not superblock.clean, healed=notes)
         self.heal: dict[int, SectorImage] = {}
         self.damaged: list[int] = []
@@ -192,12 +196,13 @@ class _Scan:
                 f"{self.superblock.allocated} are allocated: it has been truncated"
             )
         tables = self._load_tables()
+        area.slots.resize(self.present)
         blocks, epochs, slots = self._descriptors(tables)
         if report.unclean and len(tables):
             keep = self._check_newest(tables, blocks, epochs, slots)
             blocks, epochs, slots = blocks[keep], epochs[keep], slots[keep]
         if self.is_cut:  # The first of those that are gone stands for all of them.
-            self.damaged.append(-(-len(area.slots) // SLOTS_PER_SECTOR))
+            self.damaged.append(-(-self.present // SLOTS_PER_SECTOR))
         area.damaged_sectors = tuple(self.damaged)
         report.problems += [
             f"descriptor sector {s}: both copies are bad" for s in self.damaged[:_MOST_PROBLEMS]
@@ -221,7 +226,7 @@ class _Scan:
         """All sectors of the area in one array, damaged ones blanked."""
         layout = self.area.layout
         parts: list[npt.NDArray[np.void]] = []
-        for group in range(layout.groups_of(len(self.area.slots))):
+        for group in range(layout.groups_of(self.present)):
             first, twin = layout.table_offsets(group)
             table = self._choose(group, self._read_table(first), self._read_table(twin))
             parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
@@ -262,7 +267,9 @@ class _Scan:
             if not good and not twin_good:
                 self._lost(sector, view[part])
                 continue
-            if not (good and twin_good):
+            if good and twin_good:
+                self.report.differing += 1
+            else:
                 self._note_rot(sector, int(good))
             newer = SectorImage(twin[part]).barrier > SectorImage(first[part]).barrier
             if twin_good and (not good or newer):
@@ -277,7 +284,7 @@ class _Scan:
         self.report.rot.append(where | {"offset": offset, "message": message})
 
     def _lost(self, sector: int, part: memoryview) -> None:
-        if sector * SLOTS_PER_SECTOR < len(self.area.slots):
+        if sector * SLOTS_PER_SECTOR < self.present:
             self.damaged.append(sector)
             if len(self.damaged) > _MOST_DAMAGED:
                 raise FaultError(
@@ -290,7 +297,7 @@ class _Scan:
         self, tables: npt.NDArray[np.void]
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """(blocks, epochs, slots) of all descriptors in use, slots ascending."""
-        entries = tables["entries"].reshape(-1)[: len(self.area.slots)]
+        entries = tables["entries"].reshape(-1)[: self.present]
         slots = np.flatnonzero(entries["block"] & np.uint64(IN_USE)).astype(np.uint64)
         chosen = entries[slots.astype(np.int64)]
         blocks = chosen["block"] & np.uint64(BLOCK_MASK)
@@ -375,7 +382,7 @@ class _Scan:
             slot
             for sector in self.damaged
             for slot in range(sector * SLOTS_PER_SECTOR, (sector + 1) * SLOTS_PER_SECTOR)
-            if slot < len(self.area.slots)
+            if slot < self.present
         ]
         self.area.unknown_slots = tuple(lost)
         self.area.slots.take(np.array(lost, dtype=np.uint32))

@@ -364,6 +364,10 @@ class AreaStore:
                 FaultCode.IO_FAILURE, f"the superblock copy could not be mended: {error}"
             ) from error
 
+    def knows_sector(self, sector: int) -> bool:
+        """Whether a sector's content is in memory."""
+        return sector in self._sectors
+
     def mend_sector(self, sector: int) -> None:
         """Make both copies of a sector what is known in memory or the newer valid one, durably.
 

@@ -145,6 +145,8 @@ class Core:
     #: A sync of the replica failed: it must be opened anew before it can be trusted.
     replica_failed: bool = False
     replica_error: OSError | None = None
+    #: The files are overlays: what is written is forgotten.
+    dry_run: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
     _replica_syncing: threading.Lock = field(default_factory=threading.Lock)

@@ -21,6 +21,7 @@ from ..diffarea.layout import DEFAULT_BLOCK_SIZE
 from ..diffarea.recovery import Report, open_area
 from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
+from .overlay import Overlay
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
@@ -29,24 +30,33 @@ _DAMAGE = ("checksum", "inconsistent", "format")
 
 @dataclass
 class Opened:
-    """What `open_core` found. fault: why the volume must be offline, None if nothing is wrong."""
+    """What `open_core` found. fault: why the volume must be offline, None if nothing is wrong.
+
+    state_problem: what was wrong with the state file as a whole, "" if it could be used.
+    """
 
     core: Core
     saved: SavedState
     fault: FaultError | None
     report: Report | None
     warnings: list[str]
+    state_problem: str = ""
 
 
-def open_files(directory: Path, make_log: Callable[[Path], Log]) -> Opened:
-    """Open and lock the files of the volume in `directory`. VsnapError, OSError."""
+def open_files(
+    directory: Path, make_log: Callable[[Path], Log], *, dry_run: bool = False
+) -> Opened:
+    """Open and lock the files of the volume in `directory`. VsnapError, OSError.
+
+    dry_run: what is written later stays in memory.
+    """
     config = load(directory)
     paths = VolumePaths(directory, config)
     opened: list[Backing] = []
     try:
-        replica = _open_replica(paths, config)
+        replica: Backing = _open_replica(paths, config)
         opened.append(replica)
-        state, new_state = _open_state(paths)
+        state, new_state = _open_state(paths, dry_run=dry_run)
         opened.append(state)
         area: Backing | None = None
         problem: FaultError | None = None
@@ -58,6 +68,10 @@ def open_files(directory: Path, make_log: Callable[[Path], Log]) -> Opened:
         except (OSError, VsnapError) as error:
             problem = _why_not_open(paths.diff_area, error)
         log = make_log(paths.events)
+        if dry_run:
+            replica = Overlay(replica.path, replica)
+            state = Overlay(state.path, state)
+            area = area and Overlay(area.path, area)
         return open_core(
             str(paths.directory), config, replica, area, state, log, problem, new_state
         )
@@ -100,7 +114,7 @@ def _open_replica(paths: VolumePaths, config: VolumeConfig) -> FileBacking:
         ) from error
 
 
-def _open_state(paths: VolumePaths) -> tuple[FileBacking, bool]:
+def _open_state(paths: VolumePaths, *, dry_run: bool) -> tuple[Backing, bool]:
     """The state file, and whether it had to be made anew."""
     try:
         return FileBacking.open(paths.state, follow=False), False
@@ -113,6 +127,8 @@ def _open_state(paths: VolumePaths) -> tuple[FileBacking, bool]:
                 errno=error.errno or errno.EIO,
                 code="no-state",
             ) from error
+        if dry_run:
+            return Overlay(paths.state, None), True
         state = FileBacking.create(paths.state)
         state.allocate(0, STATE_SIZE)
         state.write(0, bytes(STATE_SIZE))
@@ -146,13 +162,16 @@ def open_core(
     warnings: list[str] = []
     state_file = StateFile(state, volume_id)
     saved = SavedState()
+    state_problem = ""
     if not new_state:
         try:
             saved = state_file.load()
         except (FormatError, OSError) as error:
-            warnings.append(f"the state file is lost ({error}); the superblock decides")
+            state_problem = f"the state file is lost ({error})"
     else:
-        warnings.append("the state file was missing; the superblock decides")
+        state_problem = "the state file was missing"
+    if state_problem:
+        warnings.append(f"{state_problem}; the superblock decides")
     area: DiffArea | None = None
     report: Report | None = None
     size = replica.size()
@@ -176,7 +195,7 @@ def open_core(
         block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
         volume_id=volume_id,
     )
-    return Opened(core, saved, problem, report, warnings)
+    return Opened(core, saved, problem, report, warnings, state_problem)
 
 
 def _open_area(

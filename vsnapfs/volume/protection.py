@@ -267,6 +267,15 @@ class Protection:
         """Write "online" to the state file. OSError."""
         self.save(offline=False, fault=None)
 
+    def save_as_it_is(self) -> None:
+        """Write the state file once more, because a copy of it is bad. OSError."""
+        self.save(offline=not self.is_online, fault=self.fault)
+
+    def check_state(self) -> list[tuple[int, str]]:
+        """(offset, what is wrong) of each copy in the state file that is not as it should be."""
+        with self._saving:
+            return self._core.state_file.check()
+
     def save(self, **changes: object) -> None:
         """Write the state file with `changes` and what is now known of the diff area. OSError."""
         with self._saving:

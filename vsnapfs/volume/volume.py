@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from ..diffarea.superblock import RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
-from . import giveup
+from . import giveup, repair
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
 from .opening import Opened, check_replica, close_files, open_files
+from .overlay import NoLog
 from .points import Points
 from .protection import Protection, log_fault
 from .reader import Reader
@@ -45,6 +47,8 @@ class Volume:
         self.core = core
         self.mountpoint = mountpoint
         self.warnings = list(opened.warnings)
+        #: What opening has brought back or found, as `repair` tells it.
+        self.account = repair.Account(opened)
         self.protection = Protection(core, opened.saved)
         self.room = Room(core)
         self.points_service = Points(core, self.protection, self.room)
@@ -96,14 +100,18 @@ class Volume:
         *,
         accept_changed_replica: bool = False,
         mountpoint: str | None = None,
+        dry_run: bool = False,
     ) -> Volume:
         """Open and lock the volume in `directory`.
 
+        dry_run: nothing reaches the disk, whatever is done with it, and no restore is continued.
         mountpoint: where it is going to be served, None for a single command. Opens offline when
         something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
         FormatError; nothing has changed then.
         """
-        opened = await in_thread(open_files, Path(directory), EventLog)
+        make_log: Any = NoLog if dry_run else EventLog
+        opened = await in_thread(partial(open_files, Path(directory), make_log, dry_run=dry_run))
+        opened.core.dry_run = dry_run
         try:
             return await cls.from_opened(opened, accept_changed_replica, mountpoint)
         except BaseException:
@@ -123,6 +131,7 @@ class Volume:
         if changed:
             volume.warnings.append(changed)
         await volume._judge(opened)
+        await volume._heal_state()
         if mountpoint is not None:
             volume.log.log("vsnapfs", 1001, volume=volume.core.name, what=mountpoint)
         return volume
@@ -172,6 +181,19 @@ class Volume:
             async with core.area_lock:
                 await core.commit()
                 await in_thread(core.need_area().trim)
+            self.account.superblock_is_healed()
+
+    async def _heal_state(self) -> None:
+        """Write a state file anew of which a copy was missing, bad or older than the other."""
+        protection = self.protection
+        with suppress(OSError):
+            wrong = await in_thread(protection.check_state)
+            if not wrong:
+                return
+            await in_thread(protection.save_as_it_is)
+            bad = self.account.state_is_healed(wrong)
+            for what in bad:
+                self.log.log("vsnapfs", 1041, volume=self.core.name, what=what)
 
     async def _offline_at_open(self, error: FaultError) -> None:
         """Go offline by a fault found at open; one that is already recorded is not logged again."""
@@ -217,6 +239,8 @@ class Volume:
         """Go on with an in-place restore that was interrupted. The caller holds `admin_lock`."""
         area = self.core.area
         if area is None or not self.protection.is_online or not area.superblock.restoring:
+            return
+        if self.core.dry_run:
             return
         try:
             await self._restore.go_on()
@@ -417,7 +441,22 @@ class Volume:
                 async with self.core.area_lock:
                     await in_thread(step)
                 report("verify", min(run.done, run.total), run.total)
-        return {"ok": not run.problems, "checked": run.checked, "problems": run.problems}
+        problems = await self._state_problems() + run.problems
+        if self.mountpoint is None:
+            # A command that opened it only for this: what opening healed was found, too.
+            problems = self.account.rot() + problems
+        checked = run.checked | {"state_copies": 2}
+        return {"ok": not problems, "checked": checked, "problems": problems}
+
+    async def _state_problems(self) -> list[dict[str, Any]]:
+        wrong = await in_thread(self.protection.check_state)
+        return [repair.state_problem(offset, text) for offset, text in wrong]
+
+    async def repair(
+        self, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Bring back what can be brought back, and say what cannot. See `repair`. VsnapError."""
+        return await repair.Repair(self, dry_run=dry_run).run(progress or no_progress)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` when points or state change. Returns a function that ends it."""
