@@ -56,6 +56,8 @@ class StateFile:
         self.backing = backing
         self._volume_id = volume_id
         self._sequence = 0
+        #: The copy to write first: never the only good one, or a power failure could leave none.
+        self._first = 0
 
     def load(self) -> SavedState:
         """The newest valid copy. FormatError if there is none; OSError if it cannot be read."""
@@ -66,6 +68,7 @@ class StateFile:
         if not found:
             raise FormatError(f"{self.backing.path} holds no valid state of this volume")
         self._sequence, state = max(found, key=lambda pair: pair[0])
+        self._first = int(copies[0] is not None and copies[0][0] == self._sequence)
         return state
 
     def check(self) -> list[tuple[int, str]]:
@@ -100,7 +103,8 @@ class StateFile:
         """Write both copies, each synced. OSError when that fails."""
         self._sequence += 1
         data = _encode(state, self._volume_id, self._sequence)
-        for copy in (0, 1):
+        for copy in (self._first, 1 - self._first):
+            self._first = copy  # Until it is durable it is the doubtful one.
             self.backing.write(copy * COPY_SIZE, data)
             self.backing.sync()
 
