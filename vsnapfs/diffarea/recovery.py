@@ -325,9 +325,11 @@ class _Scan:
             base = int(sector) * SLOTS_PER_SECTOR
             fresh.update(base + place for place in range(SLOTS_PER_SECTOR) if mask >> place & 1)
         failing: list[tuple[int, int]] = []
+        hashes = tables["entries"]["hash"]  # a view: tables can be large
         for where in np.flatnonzero(np.isin(slots, np.array(sorted(fresh), dtype=np.uint64))):
-            wanted = int(tables["entries"].reshape(-1)[int(slots[where])]["hash"])
-            if self._hash_of_slot(int(slots[where])) == wanted:
+            slot = int(slots[where])
+            wanted = int(hashes[divmod(slot, SLOTS_PER_SECTOR)])
+            if self._hash_of_slot(slot) == wanted:
                 self.report.kept += 1
             else:
                 failing.append((int(where), wanted))
