@@ -282,28 +282,49 @@ def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     scene.exact()
 
 
-@pytest.mark.parametrize("how", ["everything", "superblocks"])
-def test_an_area_that_cannot_be_read_at_open_is_offline_until_it_can(how: str) -> None:
-    """Fault 2 (or 3, where only some sectors cannot be read); opened anew it is all there."""
+@pytest.mark.parametrize(
+    ("first", "end", "fault"),
+    [(0, 1 << 40, 2), (0, 2 << 16, 2), (2 << 16, 1 << 40, 3)],
+    ids=["everything", "superblocks", "descriptors"],
+)
+def test_an_area_that_cannot_be_read_at_open_is_offline_until_it_can(
+    first: int, end: int, fault: int
+) -> None:
+    """Fault 2, or 3 where the descriptors are what is missing; read again, it is all there."""
     scene = Scene()
     scene.rig.close()
 
     def fails(backing: SimBacking, operation: str, offset: int, _length: int) -> None:
-        if (
-            backing.name == "area"
-            and operation == "read"
-            and (how == "everything" or offset < 131072)
-        ):
+        if backing.name == "area" and operation == "read" and first <= offset < end:
             raise OSError(errno.EIO, "the disk is broken")
 
     scene.rig.host.hooks.append(fails)
-    assert scene.fault == 2
+    assert scene.fault == fault
     assert scene.write(0, 1) is not None
     assert isinstance(scene.online(), VsnapError)
     scene.rig.close()
     scene.rig.host.hooks.clear()
-    assert scene.fault == 2, "P1"
+    assert scene.fault == fault, "P1"
     scene.works()
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_unreadable_copy_of_everything_is_no_fault(copy: int) -> None:
+    """Superblocks and descriptors are there twice: either half of them can be unreadable."""
+    scene = Scene()
+    scene.rig.killed()
+    layout = Layout(BLOCK)
+    bad = range(SUPERBLOCK_OFFSETS[copy], SUPERBLOCK_OFFSETS[copy] + 65536)
+    table = range(layout.table_offsets(0)[copy], layout.table_offsets(0)[copy] + 65536)
+
+    def fails(backing: SimBacking, operation: str, offset: int, _length: int) -> None:
+        if backing.name == "area" and operation == "read" and (offset in bad or offset in table):
+            raise OSError(errno.EIO, "an unreadable sector")
+
+    scene.rig.host.hooks.append(fails)
+    assert scene.fault is None
+    assert scene.write(0, SIZE) is None
+    scene.exact()
 
 
 # --- what must not trip anything -----------------------------------------------------------------
