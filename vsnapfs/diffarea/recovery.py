@@ -51,8 +51,8 @@ from .layout import (
 )
 from .superblock import Superblock, decode
 
-#: With more bad sectors (32 MiB of descriptors) the area is not opened: nothing much is left.
-_MOST_DAMAGED = 1 << 16
+#: With more bad sectors (8 MiB of descriptors, twice) it is not opened: nothing much is left.
+_MOST_DAMAGED = 1 << 14
 _MOST_PROBLEMS = 1000
 
 

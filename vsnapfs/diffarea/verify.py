@@ -42,6 +42,7 @@ class Verification:
         self.checked = {"superblocks": 0, "descriptor_sectors": 0, "preserved_blocks": 0}
         self.done = 0
         layout = area.layout
+        self._lost = frozenset(area.damaged_sectors)
         self._groups = layout.groups_of(len(area.slots))
         blocks, epochs, slots = area.index.living(live_points())
         # In the order of the disk: one pass from front to back. Arrays: writes wait meanwhile.
@@ -89,10 +90,7 @@ class Verification:
             self.checked["descriptor_sectors"] += 2
             offsets = area.layout.sector_offsets(sector)
             if not any(good):
-                self._problem(
-                    {"what": "descriptor sector", "sector": sector, "offset": offsets[0]},
-                    "both copies are bad",
-                )
+                self._both_bad(sector, offsets[0])
                 continue
             for copy in (0, 1):
                 if not good[copy]:
@@ -105,6 +103,17 @@ class Verification:
                     {"what": "descriptor sector", "sector": sector, "offset": offsets[1]},
                     "its two copies differ",
                 )
+
+    def _both_bad(self, sector: int, offset: int) -> None:
+        """Report a lost sector; neighbours share a line, a lost stretch of disk has thousands."""
+        last = self.problems[-1] if self.problems else {}
+        lost = sector in self._lost
+        follows = "sectors" in last and last["sector"] + last["sectors"] == sector
+        if follows and lost == (last["sector"] in self._lost):
+            last["sectors"] += 1
+            return
+        where = {"what": "descriptor sector", "sector": sector, "sectors": 1, "offset": offset}
+        self._problem(where, "both copies are bad")
 
     def _check_hidden(self) -> None:
         """What cannot be read because a descriptor that nobody can read may say otherwise."""

@@ -191,13 +191,14 @@ class Repair:
         if not number or area is None:
             return
         message = f"the restore of recovery point {number} was interrupted"
-        done, action = True, "continued and finished"
+        when, action = "opening", "continued and finished"
         if area.superblock.restoring:
-            done = False
+            when = "now"
             action = "the next opening continues it"
             if not self._volume.protection.is_online:
                 action = "`vsnapfs online` continues it"
-        self._add({"what": "restore", "message": message, "action": action}, when="now", done=done)
+        finding = {"what": "restore", "message": message, "action": action}
+        self._add(finding, when=when, done=when == "opening")
 
     async def _mend_state(self) -> None:
         protection = self._volume.protection
@@ -319,13 +320,21 @@ class Repair:
         if "both" not in problem["message"]:
             action = "written anew from the other copy"
             return _Mending(action, lambda: area.mend_sector(sector))
-        if area.knows_sector(sector):
-            return _Mending("written anew from memory", lambda: area.mend_sector(sector))
-        copies = self._copies_in(area, sector)
+        lost = range(sector, sector + problem["sectors"])
+        unknown = {one: self._copies_in(area, one) for one in lost if not area.knows_sector(one)}
         action = "written anew from memory"
-        if copies:
-            action += f" ({len(copies)} copies whose checksum only it knew are lost)"
-        return _Mending(action, lambda: area.rebuild_sector(sector, copies))
+        if any(unknown.values()):
+            count = sum(map(len, unknown.values()))
+            action += f" ({count} copies whose checksum only it knew are lost)"
+
+        def work() -> None:
+            for one in lost:
+                if one in unknown:
+                    area.rebuild_sector(one, unknown[one])
+                else:
+                    area.mend_sector(one)
+
+        return _Mending(action, work)
 
     def _copies_in(self, area: DiffArea, sector: int) -> dict[int, Descriptor]:
         """What the slots of a sector hold, by the index. Their checksums are lost: any block must
