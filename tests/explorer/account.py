@@ -1,0 +1,411 @@
+"""Running operations on a volume while keeping account of what must be there.
+
+Owns the model. A `Play` opens a volume on the simulated disk and offers operations (`write`,
+`create`, …). Each says what it has been answered, and from that, afterwards, what a power failure
+*during* it may have left: of a refused write nothing, of a write under way any of its sectors, of
+a point being created all of it or nothing. The states of the disk recorded during an operation
+share one `Span`, filled in when the operation has been answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import trio
+from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_point, tear, write
+from simdisk import FOREVER, Snapshot
+
+from vsnapfs.volume import Volume
+
+Sectors = tuple[frozenset[bytes], ...]
+SECTOR = 512
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What may be found after the power failed.
+
+    must, may: recovery points that are there, that may be there (number → content). sectors: what
+    each sector of the replica may hold; exact: the same if nothing was lost (W3). restored: what a
+    restore under way may bring instead. offline: None when it may be both; fault: its number then.
+    maxima: possible maxima of the diff area. newest: the highest number that was answered.
+    """
+
+    must: dict[int, bytes] = field(default_factory=dict)
+    may: dict[int, bytes] = field(default_factory=dict)
+    sectors: Sectors = ()
+    exact: Sectors = ()
+    restored: bytes | None = None
+    offline: bool | None = False
+    fault: int | None = None
+    maxima: frozenset[int] = frozenset()
+    newest: int = 0
+
+
+class Span:
+    """What is expected of all states of the disk recorded in it; known when it has ended."""
+
+    __slots__ = ("expected", "number")
+    count = 0
+
+    def __init__(self) -> None:
+        Span.count += 1
+        self.number = Span.count
+        self.expected: Expected
+
+
+State = tuple[Snapshot, Span, tuple[str, int] | None]
+
+
+def cut(content: bytes) -> Sectors:
+    """Each sector exactly as it is."""
+    return tuple(frozenset([content[at : at + SECTOR]]) for at in range(0, len(content), SECTOR))
+
+
+class Play:
+    """A workload being run. `label` numbers its writes, so that no two write the same bytes."""
+
+    def __init__(self, rig: Rig, nursery: trio.Nursery) -> None:
+        self.rig = rig
+        self.volume: Volume
+        self._nursery = nursery
+        self.content = bytearray(raw_replica(rig))
+        self.points: dict[int, bytes] = {}
+        self.counter = 0
+        self.states: list[State] = []
+        self.expected = Expected()
+        self.span = Span()
+
+    # -- opening, closing ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the volume. What is expected must have been set."""
+        self.volume = await self.rig.open()
+        await self._nursery.start(self.volume.run)
+
+    async def begin(self, before: Play | None = None) -> None:
+        """Open a volume that was closed cleanly, or left as `before` says."""
+        content = bytes(self.content)
+        if before is None:
+            await self.start()
+            self.expected = Expected(
+                sectors=cut(content),
+                exact=cut(content),
+                maxima=frozenset([self.volume.core.need_area().maximum]),
+            )
+        else:
+            self.points, self.counter = dict(before.points), before.counter
+            self.content = bytearray(before.content)
+            self.expected = before.expected
+            await self.start()
+
+    def record(self) -> None:
+        """Remember every state of the disk from now on."""
+        self.rig.host.observer = self._observe
+
+    def _observe(self, last: tuple[str, int] | None) -> None:
+        self.states.append((self.rig.host.snapshot(), self.span, last))
+
+    async def _during(self, work: Callable[[], Awaitable[None]]) -> BaseException | None:
+        """Run one operation in a span of its own; its error if it is one the engine may raise."""
+        # Nothing has changed on the disk yet, and nothing less is expected than before: what is
+        # there now has been looked at.
+        self.span = Span()
+        return await attempt(work())
+
+    def _answered(self, during: Expected, after: Expected, *, sure: bool = False) -> None:
+        """The operation has been answered: `during` holds for all its states, `after` from now.
+
+        sure: the points are what they are, even if a commit failed half way meanwhile.
+        """
+        volume = self.volume
+        area = volume.core.need_area()
+        fault = volume.protection.fault
+        offline = not volume.protection.is_online
+        number = int(fault.code) if fault and offline else None
+        after = replace(
+            after,
+            must=dict(self.points),
+            may={},
+            offline=offline,
+            fault=number,
+            maxima=frozenset([area.maximum]),
+        )
+        if area.in_doubt:
+            # Nothing has settled it since: what was being done may have been done, or not.
+            after = replace(after, maxima=after.maxima | during.maxima)
+            if not sure:
+                after = replace(after, must=during.must, may=during.may)
+        if offline != self.expected.offline or number != self.expected.fault:
+            during = replace(during, offline=None, fault=None)
+        self.span.expected = replace(during, maxima=during.maxima | after.maxima)
+        self.expected = after
+        self.span = Span()
+        self.span.expected = after
+        if self.rig.host.observer is not None:
+            self._observe(None)
+
+    def _same(self) -> Expected:
+        """What is expected if nothing happens."""
+        if self.volume.core.need_area().in_doubt:
+            return self.expected
+        return replace(self.expected, must=dict(self.points), may={})
+
+    # -- data ---------------------------------------------------------------------------------
+
+    async def write(self, *ranges: tuple[int, int]) -> list[BaseException | None]:
+        """Write to (offset, length) ranges that do not overlap, all at once."""
+        before, held = self._same(), dict(self.points)
+        jobs = []
+        for offset, length in ranges:
+            self.counter += 1
+            jobs.append((offset, pattern(self.counter, length)))
+        errors: list[BaseException | None] = [None] * len(jobs)
+
+        async def one(which: int) -> None:
+            errors[which] = await attempt(write(self.volume, *jobs[which]))
+
+        async def work() -> None:
+            if len(jobs) == 1:
+                await one(0)
+                return
+            async with trio.open_nursery() as nursery:
+                for which in range(len(jobs)):
+                    nursery.start_soon(one, which)
+
+        assert await self._during(work) is None
+        after = before
+        for (offset, data), error in zip(jobs, errors, strict=True):
+            # Of a write that was refused no byte may have reached the disk (W1).
+            if error is not None:
+                assert error.errno == errno.ENODEV, error  # type: ignore[attr-defined]
+                continue
+            after = replace(after, sectors=mixed(after.sectors, offset, data))
+            self.content[offset : offset + len(data)] = data
+        touched = [job for job, error in zip(jobs, errors, strict=True) if error is None]
+        exact = before.exact
+        for offset, data in touched:
+            exact = mixed(exact, offset, data)
+        live = {point.number for point in self.volume.points}
+        assert live <= set(held)
+        gone = set(held) - live
+        if gone:
+            assert self.rig.config.on_full == "evict", f"points {gone} are gone"
+            assert not live or max(gone) < min(live), "a younger point was evicted first"
+            self.points = {number: held[number] for number in live}
+        during = replace(
+            before,
+            must={number: held[number] for number in live},
+            may={number: held[number] for number in gone},
+            sectors=after.sectors,
+            exact=exact,
+        )
+        self._answered(during, replace(after, exact=cut(bytes(self.content))), sure=bool(gone))
+        return errors
+
+    async def flush(self) -> BaseException | None:
+        """Flush through a handle."""
+        before = self._same()
+        error = await self._during(lambda: flush(self.volume))
+        after = before if error else replace(before, sectors=cut(bytes(self.content)))
+        self._answered(before, after)
+        return error
+
+    # -- administration -----------------------------------------------------------------------
+
+    async def create(self) -> BaseException | None:
+        """Take a recovery point."""
+        before = self._same()
+        number = self.volume.core.need_area().superblock.epoch + 1
+        assert number > before.newest
+        content = bytes(self.content)
+
+        async def work() -> None:
+            assert (await self.volume.create_point()).number == number
+
+        error = await self._during(work)
+        after = before
+        if error is None:
+            self.points[number] = content
+            after = replace(before, sectors=cut(content), newest=number)
+        assert set(self.points) == {point.number for point in self.volume.points}
+        self._answered(replace(before, may={number: content}), after)
+        return error
+
+    async def delete(self, number: int) -> BaseException | None:
+        """Delete a recovery point."""
+        before = self._same()
+        must = dict(before.must)
+        content = must.pop(number, self.points[number])
+        error = await self._during(lambda: self.volume.delete_point(number))
+        if error is None:
+            del self.points[number]
+        assert set(self.points) == {point.number for point in self.volume.points}
+        self._answered(replace(before, must=must, may={number: content}), before)
+        return error
+
+    async def restore(self, number: int) -> BaseException | None:
+        """Bring the replica back to a point."""
+        before = self._same()
+        content = self.points[number]
+
+        async def work() -> None:
+            await self.volume.restore(number)
+
+        error = await self._during(work)
+        after = before
+        if error is None:
+            self.content = bytearray(content)
+            after = replace(before, sectors=cut(content), exact=cut(content), restored=None)
+        elif self.volume.core.need_area().superblock.restoring:
+            after = replace(before, restored=content)
+        during = replace(before, restored=content)
+        self._answered(during, after)
+        return error
+
+    async def resize(self, total: int) -> BaseException | None:
+        """Set the diff area's maximum."""
+        before = self._same()
+        error = await self._during(lambda: self.volume.resize(total))
+        self._answered(replace(before, maxima=before.maxima | {total}), before)
+        return error
+
+    async def offline(self) -> None:
+        """Take the volume offline by hand."""
+        before = self._same()
+        assert await self._during(self.volume.go_offline) is None
+        assert not self.volume.protection.is_online
+        self._answered(before, before)
+
+    async def online(self) -> BaseException | None:
+        """Bring the volume online; a restore that was interrupted goes on."""
+        before = self._same()
+        restoring = self.volume.core.need_area().superblock.restoring
+
+        async def work() -> None:
+            await self.volume.online()
+
+        error = await self._during(work)
+        after = before
+        if error is None and restoring:
+            content = self.points[restoring]
+            self.content = bytearray(content)
+            after = replace(before, sectors=cut(content), exact=cut(content), restored=None)
+        self._answered(before, after)
+        return error
+
+    async def create_while_writing(self, *ranges: tuple[int, int, int]) -> None:
+        """Take a recovery point while writes are in flight: each of them is in it, or is not.
+
+        ranges: (offset, length, after so many passes of the scheduler).
+        """
+        before = self._same()
+        number = self.volume.core.need_area().superblock.epoch + 1
+        jobs = []
+        for offset, length, passes in ranges:
+            self.counter += 1
+            jobs.append((offset, pattern(self.counter, length), passes))
+        errors: list[BaseException | None] = []
+
+        async def one(offset: int, data: bytes, passes: int) -> None:
+            for _ in range(passes):
+                await trio.lowlevel.checkpoint()
+            errors.append(await attempt(write(self.volume, offset, data)))
+
+        async def create() -> None:
+            await self.volume.create_point()
+
+        async def work() -> None:
+            async with trio.open_nursery() as nursery:
+                for job in jobs:
+                    nursery.start_soon(one, *job)
+                errors.append(await attempt(create()))
+
+        assert await self._during(work) is None
+        assert errors == [None] * (len(jobs) + 1), errors
+        during = before
+        for offset, data, _ in jobs:
+            during = replace(
+                during,
+                sectors=mixed(during.sectors, offset, data),
+                exact=mixed(during.exact, offset, data),
+            )
+            self.content[offset : offset + len(data)] = data
+        found = await read_point(self.volume, number)
+        for place, allowed in enumerate(during.exact):
+            assert found[place * SECTOR : (place + 1) * SECTOR] in allowed, f"sector {place}"
+        self.points[number] = found
+        after = replace(during, exact=cut(bytes(self.content)), newest=number)
+        self._answered(replace(during, may={**during.may, number: found}), after)
+
+    @contextlib.contextmanager
+    def failing_syncs(self, name: str, *, nth: int = 1, for_good: bool = False) -> Iterator[None]:
+        """The nth sync of a file fails (for good: all from then on), having done half of it."""
+        times = FOREVER if for_good else 1
+        failures = self.rig.host.failures
+        self.rig.host.fail(name, "sync", errno.EIO, nth=nth, times=times, partly=True)
+        try:
+            yield
+        finally:
+            failures.clear()
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    async def reopen(self) -> None:
+        """Close cleanly and open again."""
+        before = self._same()
+        assert await self._during(self.volume.close) is None
+        flushed = self.volume.core.need_area().superblock.clean
+        after = replace(before, sectors=cut(bytes(self.content))) if flushed else before
+        self._answered(before, after)
+        await self._go_on()
+
+    async def kill(self) -> None:
+        """SIGKILL between two operations, and a new start."""
+        observer = self.rig.host.observer
+        self.rig.host = self.rig.host.kill()
+        self.rig.host.observer = observer
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        """A new process on the host that is left. Nothing is answered by it, so nothing changes."""
+        before = self.expected
+        self.span = Span()
+        await self.start()
+        after = before
+        if before.restored is not None and not self.volume.core.need_area().superblock.restoring:
+            self.content = bytearray(before.restored)
+            exactly = cut(before.restored)
+            after = replace(before, sectors=exactly, exact=exactly, restored=None)
+        self._answered(before, after)
+        self.check()
+
+    def check(self) -> None:
+        """What the volume says of itself is what is known."""
+        self.volume.check_invariants()
+        live = {point.number for point in self.volume.points}
+        assert live == set(self.points), f"points {live}, not {set(self.points)}"
+
+    # -- for workloads ------------------------------------------------------------------------
+
+    @property
+    def is_online(self) -> bool:
+        """Whether writes can pass."""
+        return self.volume.protection.is_online
+
+    def length_of(self, first: int, count: int) -> int:
+        """Bytes of blocks `first` … `first + count - 1`, a short last one included."""
+        return min(count * BLOCK, len(self.content) - first * BLOCK)
+
+
+def mixed(sectors: Sectors, offset: int, data: bytes) -> Sectors:
+    """Each sector that the write touches may hold what it held, or that overwritten."""
+    found = list(sectors)
+    for number, part in tear(offset, data):
+        start = max(offset - number * SECTOR, 0)
+        known = found[number]
+        found[number] = known | {old[:start] + part + old[start + len(part) :] for old in known}
+    return tuple(found)
