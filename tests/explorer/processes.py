@@ -200,6 +200,8 @@ class Run:
                 if self.seconds - shown >= options.every:
                     shown = self.seconds
                     self._show_progress()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
         finally:
             for worker in workers:
                 worker.terminate()

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
+from explorer.creation import SIZE, before_each_step, make
 from explorer.judge import Violation
 from explorer.mutants import MUTANTS, WHILE_LOOKING, broken_engine
 from explorer.search import Explorer, in_one_process
 from explorer.workloads import Workload, parse
+
+from vsnapfs.config import load
+from vsnapfs.errors import VsnapError
+from vsnapfs.volume import Volume
 
 TESTS = Path(__file__).resolve().parent.parent
 STATES = int(os.environ.get("VSNAPFS_CRASH_STATES", "20000"))
@@ -79,3 +87,81 @@ def test_the_same_seed_finds_the_same_images() -> None:
     first, second = (explore("fresh: create at-once create-while-writing") for _ in range(2))
     assert first.seen == second.seen
     assert first.states == second.states
+
+
+# --- what the simulated disk does not cover ------------------------------------------------------
+
+
+def test_a_creation_that_is_killed_leaves_a_volume_or_none(tmp_path: Path) -> None:
+    """Killed before any of its steps, a creation leaves no volume.toml, or all that belongs to it;
+    what was killed is no volume, and once it is removed the name is free.
+    """
+    run = subprocess.run(
+        [sys.executable, "-m", "explorer.creation", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+        check=False,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    last = int(run.stdout)
+    assert last > 15
+    whole = 0
+    for step in range(1, last + 1):
+        directory = tmp_path / str(step)
+        if (directory / "volume.toml").exists():
+            whole += 1
+            trio.run(_is_whole, directory)
+        else:
+            with pytest.raises(VsnapError):
+                load(directory)
+            shutil.rmtree(directory, ignore_errors=True)
+            if step % 5 == 0:
+                make(directory)
+                trio.run(_is_whole, directory)
+    # The last step but one is the sync of the directory, after volume.toml has got its name.
+    assert 1 < whole < 4
+
+
+async def _is_whole(directory: Path) -> None:
+    volume = await Volume.open(directory)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(volume.run)
+        assert volume.protection.is_online
+        point = await volume.create_point()
+        assert (await volume.verify())["ok"]
+        handle = volume.open_point(point.number)
+        assert await handle.read(0, volume.size) == bytes(SIZE)
+        handle.close()
+        await volume.close()
+
+
+def test_a_volume_gets_its_name_after_everything_else_is_durable(tmp_path: Path) -> None:
+    """Before volume.toml is renamed into place each file written was synced after its last write,
+    and each directory after the last file was made in it; afterwards the directory is synced.
+    """
+    steps: list[tuple[str, str]] = []
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        steps.append((name, str(getattr(args[0], "path", args[0]))))
+
+    with before_each_step(note):
+        make(tmp_path / "volume")
+    names = [name for name, _ in steps]
+    rename = names.index("rename")
+    before, after = steps[:rename], steps[rename + 1 :]
+    for path in {path for name, path in before if name in ("write", "allocate", "truncate")}:
+        if not Path(path).is_absolute():
+            continue  # a descriptor: volume.toml's, below
+        kinds = [name for name, other in before if other == path]
+        assert kinds[-1] == "sync", (path, kinds)
+    made = [number for number, (name, _) in enumerate(before) if name == "create"]
+    synced = {
+        path: number for number, (name, path) in enumerate(before) if name == "sync_directory"
+    }
+    assert synced[str(tmp_path / "volume")] > made[-1]
+    assert synced[str(tmp_path)] > names.index("mkdir")
+    # volume.toml: its content before its name, its name before the answer.
+    assert names[rename - 1] == "fsync"
+    assert [name for name, _ in after] == ["fsync"]
