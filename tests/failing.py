@@ -89,6 +89,7 @@ class Trial:
             self.rig.volume = None
             self.refused.append((("open",), error))
             return False
+        self.rig.run(self._look)  # What a failed sync lost shows now.
         return True
 
     def _close(self) -> None:

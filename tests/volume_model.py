@@ -1,0 +1,57 @@
+"""The plain model that t1's state machine compares the engine with."""
+
+from __future__ import annotations
+
+from rig import tear
+
+
+class Model:
+    """What must be there."""
+
+    def __init__(self, size: int) -> None:
+        self.content = bytearray(size)
+        self.points: dict[int, bytes] = {}
+        self.newest = 0
+        self.offline = False
+        self.fault: int | None = None
+        #: sector → what a power failure may leave there besides the present content.
+        self.unsynced: dict[int, set[bytes]] = {}
+
+    def sector(self, number: int) -> bytes:
+        return bytes(self.content[number * 512 : (number + 1) * 512])
+
+    def about_to_write(self, offset: int, data: bytes) -> None:
+        """From now on a power failure may leave the old or the new content in each sector."""
+        for number, part in tear(offset, data):
+            start = max(offset - number * 512, 0)
+            known = self.unsynced.setdefault(number, set())
+            known.add(self.sector(number))
+            # Others in flight may share the sector, so each of them may come before this one.
+            known |= {old[:start] + part + old[start + len(part) :] for old in known}
+
+    def written(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    def synced(self) -> None:
+        self.unsynced = {}
+
+    def accept(self, actual: bytes) -> None:
+        """After a power failure: every sector is one of those that may be there."""
+        assert len(actual) == len(self.content)
+        for number in range(-(-len(actual) // 512)):
+            found = actual[number * 512 : (number + 1) * 512]
+            if found != self.sector(number):
+                assert found in self.unsynced.get(number, ()), f"sector {number}: {found[:32]!r}"
+        self.content = bytearray(actual)
+        self.synced()
+
+
+class InFlight:
+    """What an operation that was interrupted may have done."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+        self.created = False
+        self.deleted: set[int] = set()
+        self.restoring: int | None = None
+        self.switches = False
