@@ -8,6 +8,7 @@ sizes, at the cost of the pages that the choice touches. Pages are immutable and
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from collections.abc import Iterator
@@ -342,8 +343,12 @@ class _LightBacking(SimBacking):
     def read(self, offset: int, length: int) -> bytes:
         cache = self.file.cache
         if offset + length > cache.size:
-            raise OSError(5, f"{self.name} ends before byte {offset + length}")
-        return cache.read(offset, length)
+            raise OSError(errno.EIO, f"{self.name} ends before byte {offset + length}")
+        first, last = offset // PAGE, (offset + length - 1) // PAGE
+        get = cache.pages.get
+        whole = b"".join([get(page, _ZEROS) for page in range(first, last + 1)])
+        start = offset - first * PAGE
+        return whole[start : start + length]
 
     def write(self, offset: int, data: object) -> None:
         file, content = self.file, bytes(data)  # type: ignore[call-overload]

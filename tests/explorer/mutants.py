@@ -22,6 +22,7 @@ from vsnapfs.volume.core import Core, WriteGate
 from vsnapfs.volume.points import Points
 from vsnapfs.volume.protection import Protection
 from vsnapfs.volume.statefile import StateFile
+from vsnapfs.volume.volume import Volume
 from vsnapfs.volume.writer import Batch, Writer
 
 Patch = Callable[[Any, str, Any], None]
@@ -209,6 +210,39 @@ def flush_without_sync(patch: Patch) -> None:
     patch(Core, "sync_replica", lambda _self: None)
 
 
+def failed_sync_is_retried(patch: Patch) -> None:
+    """A sync of the diff area that fails is tried again, until it "works"."""
+
+    def broken(self: DiffArea) -> None:
+        try:
+            self.backing.sync()
+        except OSError:
+            self.backing.sync()
+
+    patch(DiffArea, "_sync", broken)
+
+
+def failed_flush_is_retried(patch: Patch) -> None:
+    """A sync of the replica that fails is tried again, until it "works"."""
+
+    def broken(self: Core) -> None:
+        try:
+            self.replica.sync()
+        except OSError:
+            self.replica.sync()
+
+    patch(Core, "sync_replica", broken)
+
+
+def failed_flush_forgets_nothing(patch: Patch) -> None:
+    """After a failed flush the volume comes back with what the host's cache still shows."""
+
+    def broken(self: Any) -> None:
+        self.core.replica_failed, self.core.replica_error = False, None
+
+    patch(Volume, "_reopen_replica", broken)
+
+
 def rollback_with_a_higher_number(patch: Patch) -> None:
     """What puts a failed barrier back looks newer than that barrier."""
     rollback = DiffArea.rollback
@@ -344,8 +378,6 @@ def given_up_not_recorded(patch: Patch) -> None:
 
 def clean_before_the_replica_is(patch: Patch) -> None:
     """A clean close is recorded before the replica has been synced."""
-    from vsnapfs.volume.volume import Volume
-
     leave = Volume._leave
 
     async def broken(self: Volume) -> None:
@@ -384,6 +416,9 @@ MUTANTS: dict[Callable[[Patch], None], str] = {
     second_writer_does_not_wait: "fresh: create at-once",
     flush_without_sync: "fresh: A flush",
     rollback_with_a_higher_number: "two-sectors: create all-fails online",
+    failed_sync_is_retried: "fresh: create at-once create AB-fails",
+    failed_flush_is_retried: "fresh: AB A flush-fails",
+    failed_flush_forgets_nothing: "fresh: AB A flush-fails online flush",
     no_rollback: "two-sectors: create all-fails online A",
     fault_not_in_the_state_file: "fresh: create AB-dies",
     state_file_not_synced: "fresh: create AB-dies",

@@ -9,6 +9,7 @@ became of each unsynced change, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -114,6 +115,9 @@ def work(seed: int, length: int, share: int, shares: int) -> None:
             if explorer.workloads % 100 == 0:
                 tell()
 
+    # Much is kept for long, little of it in cycles: look for these less often.
+    gc.freeze()
+    gc.set_threshold(50_000)
     try:
         in_one_process(search, Explorer(seed=seed))
     except BrokenPipeError:

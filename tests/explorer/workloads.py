@@ -164,6 +164,15 @@ async def restore_fails(play: Play) -> bool:
     return True
 
 
+async def flush_fails(play: Play) -> bool:
+    """A flush that the disk of the replica refuses, having written half."""
+    if not play.is_online:
+        return False
+    with play.failing_syncs("replica"):
+        await play.flush()
+    return True
+
+
 async def create_while_writing(play: Play) -> bool:
     if not play.is_online or play.rig.config.on_full == "evict":
         return False
@@ -233,6 +242,7 @@ ALPHABET: dict[str, Operation] = {
     "AB-fails": write_fails,
     "AB-dies": write_dies,
     "create-fails": create_fails,
+    "flush-fails": flush_fails,
 }
 #: Of these, sequences of four.
 CORE = (
