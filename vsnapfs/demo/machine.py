@@ -120,6 +120,8 @@ def _filesystem(place: Path) -> str:
     """The type of the file system that holds `place`, as the mount table has it."""
     real = place.resolve()
     found = [m for m in mounts.all_mounts() if real == m.mountpoint or m.mountpoint in real.parents]
+    if not found:
+        return ""  # In a chroot that is no mount of its own, the table does not say.
     # The longest mountpoint; of several mounts on one, the newest.
     return max(enumerate(found), key=lambda pair: (len(str(pair[1].mountpoint)), pair[0]))[1].fstype
 
