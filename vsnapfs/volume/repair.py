@@ -68,10 +68,14 @@ class Account:
     superblock_healed: bool = False
     state: list[Problem] = field(default_factory=list)
     restoring: int = 0
+    beyond_end: int = 0
 
     def __post_init__(self) -> None:
         area = self.opened.core.area
-        self.restoring = area.superblock.restoring if area is not None else 0
+        if area is not None:
+            self.restoring = area.superblock.restoring
+            if not area.backing.is_device:
+                self.beyond_end = max(0, area.backing.size() - area.allocated)
 
     def superblock_is_healed(self) -> None:
         """Both copies of the superblock have been written."""
@@ -102,9 +106,12 @@ class Account:
     def findings(self) -> list[Problem]:
         """Everything that opening did, for `repair`."""
         listed = [problem | {"action": "written anew"} for problem in self.state]
-        report = self.opened.report
-        if report is None:
+        report, area = self.opened.report, self.opened.core.area
+        if report is None or area is None:
             return listed
+        if self.beyond_end and area.backing.size() <= area.allocated:
+            message = f"the file had {self.beyond_end} bytes more than are allocated"
+            listed.append({"what": "diff area", "message": message, "action": "cut off"})
         listed += [
             where | {"action": "written anew from the other copy"}
             for where in report.rot
