@@ -204,7 +204,9 @@ class Play:
             sectors=after.sectors,
             exact=exact,
         )
-        self._answered(during, replace(after, exact=cut(bytes(self.content))), sure=bool(gone))
+        if not self._is_lossy:
+            after = replace(after, exact=cut(bytes(self.content)))
+        self._answered(during, after, sure=bool(gone))
         return errors
 
     async def flush(self) -> BaseException | None:

@@ -110,7 +110,7 @@ def work(seed: int, length: int, share: int, shares: int) -> None:
                 await explorer.explore(workload)
             except Violation as violation:
                 tell()
-                report(violation=str(await _reduced(explorer, workload, violation)))
+                report(violation=str(await reduced(explorer, workload, violation)))
                 return
             if explorer.workloads % 100 == 0:
                 tell()
@@ -124,7 +124,7 @@ def work(seed: int, length: int, share: int, shares: int) -> None:
         os._exit(0)  # The parent has what it wants.
 
 
-async def _reduced(explorer: Explorer, workload: Workload, violation: Violation) -> Violation:
+async def reduced(explorer: Explorer, workload: Workload, violation: Violation) -> Violation:
     """The violation of the shortest workload that comes of leaving out operations one by one."""
     operations = list(workload.operations)
     position = 0

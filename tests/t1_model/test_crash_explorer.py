@@ -20,7 +20,8 @@ import pytest
 import trio
 from explorer.creation import SIZE, before_each_step, make
 from explorer.judge import Violation
-from explorer.mutants import MUTANTS, WHILE_LOOKING, broken_engine
+from explorer.mutants import MUTANTS, WHILE_LOOKING, broken_engine, flush_without_sync
+from explorer.processes import reduced
 from explorer.search import Explorer, in_one_process
 from explorer.workloads import Workload, parse
 
@@ -87,6 +88,21 @@ def test_the_same_seed_finds_the_same_images() -> None:
     first, second = (explore("fresh: create at-once create-while-writing") for _ in range(2))
     assert first.seen == second.seen
     assert first.states == second.states
+
+
+def test_a_violation_is_reduced_to_the_operations_it_needs() -> None:
+    """Whoever reads it is shown no operation that could be left out."""
+    workload = parse("fresh: create A BC offline online AB flush delete-oldest A reopen")
+    explorer = Explorer(limit=None)
+    explorer.while_running = partial(broken_engine, flush_without_sync)
+    with pytest.raises(Violation) as caught:
+        explore(workload, explorer)
+    explorer = Explorer()
+    explorer.while_running = partial(broken_engine, flush_without_sync)
+    found = in_one_process(lambda one: reduced(one, workload, caught.value), explorer)
+    operations = str(found).splitlines()[0].partition(": ")[2].split()
+    assert len(operations) <= 2, found
+    assert "step" in str(found)
 
 
 # --- what the simulated disk does not cover ------------------------------------------------------
