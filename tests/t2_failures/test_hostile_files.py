@@ -17,12 +17,14 @@ import filefuzz
 import mutations
 import pytest
 import trio
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import LAYOUT, Base
 from rig import BLOCK, Rig, pattern, raw_replica, read_point, write
 
 from vsnapfs import config
+from vsnapfs.cli.app import app
 from vsnapfs.diffarea import area as area_module
 from vsnapfs.diffarea import recovery, verify
 from vsnapfs.diffarea.inspect import inspect_file
@@ -652,3 +654,45 @@ def test_a_claim_of_terabytes_costs_nothing(vol: Path) -> None:
 async def _status(volume: Volume) -> dict[str, Any]:
     await trio.lowlevel.checkpoint()
     return volume.status()
+
+
+def command(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_the_command_tells_and_exits_by_what_is_left(vol: Path) -> None:
+    """`repair`: 0 and nothing, 0 and what was done, 5 and whom it hits, 1 when it cannot run."""
+    assert command("repair", vol).output == f"{vol}: nothing to repair\n"
+
+    async def fill(volume: Volume) -> None:
+        await volume.create_point("one")
+        await write(volume, 0, b"changed" * 2000)
+
+    trio.run(lambda: opened(vol, fill))
+    raw = bytearray((vol / "diff-area").read_bytes())
+    raw[65536 + 9] ^= 1
+    (vol / "diff-area").write_bytes(raw)
+    before = listing(vol)
+    dry = command("repair", "--dry-run", vol)
+    assert (dry.exit_code, listing(vol)) == (0, before)
+    assert "1 thing to repair (nothing was written)" in dry.output
+    result = command("repair", vol)
+    assert result.exit_code == 0
+    assert "repaired  written anew from the other copy" in result.output
+    assert command("verify", vol).exit_code == 0
+
+    raw = bytearray((vol / "diff-area").read_bytes())
+    raw[LAYOUT.slot_offset(0) + 3] ^= 1
+    (vol / "diff-area").write_bytes(raw)
+    result = command("repair", vol)
+    assert result.exit_code == 5
+    assert "beyond repair" in result.output
+    assert "points" in result.output
+    assert "0 to 4095" in result.output
+    told = json.loads(command("repair", vol, "--json").output)
+    assert not told["ok"]
+    (problem,) = told["beyond_repair"]
+    assert (problem["points"], problem["ranges"]) == ([1], [[0, BLOCK]])
+
+    (vol / "volume.toml").write_bytes(b"rotted")
+    assert command("repair", vol).exit_code == 1

@@ -34,7 +34,7 @@ volume = cli_backend.volume
 
 COMMANDS = [
     *("create", "mount", "umount", "attach", "detach", "status", "recovery-point", "resize"),
-    *("offline", "online", "events", "verify", "inspect", "demo", "completion"),
+    *("offline", "online", "events", "verify", "repair", "inspect", "demo", "completion"),
 ]
 RP_COMMANDS = ["create", "list", "delete", "export", "restore"]
 

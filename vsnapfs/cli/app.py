@@ -5,7 +5,8 @@ stdout is flushed before success is reported, so that a full disk or a closed pi
 
 Exit codes: 0 done · 1 could not be done · 2 the command line is wrong, nothing was changed · 3 the
 volume is offline by a fault (`status` saw one, or it is why a command was refused) · 5 `verify`
-found problems · 130 Ctrl-C · 141 the reader of a pipe went away · 128 + number for other signals.
+found problems, or `repair` something beyond it · 130 Ctrl-C · 141 the reader of a pipe went away ·
+128 + number for other signals.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vsnapfs.cli import (
     mount,
     points,
     protection,
+    repair,
     status,
     verify,
 )
@@ -183,6 +185,7 @@ for command in (
     protection.online,
     events.events,
     verify.verify,
+    repair.repair,
     inspect.inspect,
     demo.demo,
     completion.completion,

@@ -48,10 +48,11 @@ def _show(name: str, result: dict[str, Any]) -> None:
     print_facts((key.replace("_", " "), str(value)) for key, value in checked.items())
     for problem in problems:
         click.echo()
-        print_facts(_problem(problem))
+        print_facts(problem_facts(problem))
 
 
-def _problem(problem: dict[str, Any]) -> list[tuple[str, str]]:
+def problem_facts(problem: dict[str, Any]) -> list[tuple[str, str]]:
+    """A problem of the diff area, in lines for people."""
     known = ("what", "message", "points", "ranges")
     place = ", ".join(f"{key} {value}" for key, value in problem.items() if key not in known)
     facts = [("problem", f"{problem.get('what', '?')}: {problem.get('message', '?')}")]

@@ -84,13 +84,14 @@ class Account:
     def state_is_healed(self, wrong: list[tuple[int, str]]) -> list[str]:
         """The state file has been written anew. Returns what was really bad, for the log."""
         lost = self.opened.state_problem
-        for offset, text in wrong:
-            self.state.append(state_problem(offset, lost or f"this copy {text}"))
+        if lost:
+            self.state.append(state_problem(0, lost))
+        else:
+            self.state += [state_problem(offset, f"this copy {text}") for offset, text in wrong]
         return [f"{problem['what']}: {problem['message']}" for problem in self._state_rot()]
 
     def _state_rot(self) -> list[Problem]:
-        rot = [problem for problem in self.state if "older" not in problem["message"]]
-        return rot[:1] if self.opened.state_problem else rot
+        return [problem for problem in self.state if "older" not in problem["message"]]
 
     def rot(self) -> list[Problem]:
         """What was bad (not merely older) and has been healed, as `verify` describes problems."""
@@ -187,7 +188,8 @@ class Repair:
         }
 
     def _add(self, finding: Problem, *, when: str, done: bool) -> None:
-        self._found.append(finding | {"when": when, "done": done})
+        kept = {k: v for k, v in finding.items() if k not in ("points", "ranges", "slots")}
+        self._found.append(kept | {"when": when, "done": done})
 
     def _cannot(self, problem: Problem) -> None:
         self._beyond.append(problem)
@@ -291,9 +293,7 @@ class Repair:
         except (FaultError, OSError) as error:
             self._cannot(problem | {"message": f"{problem['message']}; mending failed: {error}"})
             return False
-        finding = {key: value for key, value in problem.items() if key not in ("points", "ranges")}
-        finding.pop("slots", None)
-        self._add(finding | {"action": mending.action}, when="now", done=self._done(self._act))
+        self._add(problem | {"action": mending.action}, when="now", done=self._done(self._act))
         if self._act:
             self._log(f"{problem['what']}: {problem['message']}")
         return self._act
