@@ -122,6 +122,8 @@ WORKLOADS: dict[Workload, dict[str, Any]] = {
     resizing: {"maximum": SMALLEST + 64 * BLOCK},
     filling: {"maximum": SMALLEST},
 }
+#: Explored in the first run only.
+LONG = (at_once, resizing, filling)
 
 
 def tell(workload: Workload, **options: Any) -> Story:
@@ -129,7 +131,14 @@ def tell(workload: Workload, **options: Any) -> Story:
 
 
 @pytest.mark.time_limit(600)
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.__name__)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        pytest.param(workload, marks=pytest.mark.slow if workload in LONG else ())
+        for workload in WORKLOADS
+    ],
+    ids=[workload.__name__ for workload in WORKLOADS],
+)
 def test_no_power_failure_changes_a_recovery_point(workload: Workload) -> None:
     """W2, W4: at every instant, with any of the unsynced writes lost, kept or torn, all points
     are exact afterwards, and so is everything flushed.

@@ -88,6 +88,8 @@ class VolumeMachine(RuleBasedStateMachine):
             seed=seed * 1000,
         )
         self.model = Model(size)
+        if seed % 4:  # Seldom all holes.
+            self.write_everything()
         self.tight = tight is not None
         if tight is not None:
             # The host is (nearly) full: growing fails, and so may writes into holes.
@@ -159,6 +161,19 @@ class VolumeMachine(RuleBasedStateMachine):
     @rule(at=fractions, length=lengths)
     def write_one(self, at: int, length: int) -> None:
         offset, length = self.place(at, length)
+        self.perform(self.do_write, offset, self.fresh(length))
+
+    @rule()
+    def write_everything(self) -> None:
+        self.perform(self.do_write, 0, self.fresh(len(self.model.content)))
+
+    @precondition(lambda self: len(self.model.points) < MAX_POINTS_HERE)
+    @rule(at=fractions, length=st.sampled_from([1, BLOCK, 5 * BLOCK, 1 << 20]))
+    def create_and_write(self, at: int, length: int) -> None:
+        """What fills the area: a point, and then writes that must be preserved for it."""
+        if self.planned is None:
+            self.perform(self.do_create)
+        offset, length = self.place(at if length < BLOCK else 0, length)
         self.perform(self.do_write, offset, self.fresh(length))
 
     @rule(cuts=st.lists(fractions, min_size=3, max_size=6, unique=True), gaps=st.integers(0, 63))
@@ -254,7 +269,7 @@ class VolumeMachine(RuleBasedStateMachine):
             self.model.content = bytearray(self.model.points[number])
             self.model.synced()
 
-    @precondition(lambda self: self.model.points)
+    @precondition(lambda self: self.model.points and not self.model.offline)
     @rule(which=fractions)
     def restore(self, which: int) -> None:
         self.perform(self.do_restore, self.point(which))
@@ -288,8 +303,13 @@ class VolumeMachine(RuleBasedStateMachine):
 
         self.perform(do)
 
-    @rule()
-    def go_offline(self) -> None:
+    @precondition(lambda self: not self.model.offline)
+    @rule(rarely=st.integers(0, 3))
+    def go_offline(self, rarely: int) -> None:
+        """Not often: most operations are refused then."""
+        if rarely:
+            return
+
         async def do(volume: Volume) -> None:
             await volume.go_offline()
             self.model.offline = True
@@ -297,6 +317,7 @@ class VolumeMachine(RuleBasedStateMachine):
         self.flight.switches = True
         self.perform(do)
 
+    @precondition(lambda self: self.model.offline)
     @rule()
     def online(self) -> None:
         async def do(volume: Volume) -> None:
@@ -326,7 +347,7 @@ class VolumeMachine(RuleBasedStateMachine):
         self.crash(how, seed)
 
     @rule(
-        after=st.integers(0, 60),
+        after=st.one_of(st.integers(0, 20), st.integers(0, 60)),
         how=st.sampled_from(["kill", "lost", "kept", "dice", "dice", "dice"]),
         seed=st.integers(0, 1 << 30),
     )
@@ -372,9 +393,9 @@ class VolumeMachine(RuleBasedStateMachine):
         else:
             dice = random.Random(seed)
             self.rig.crashed(by_dice(dice.choice) if how == "dice" else everything_kept)
-        self.settle()
+        self.settle(how)
 
-    def settle(self) -> None:
+    def settle(self, how: str) -> None:
         """After an interrupted operation: what it may have done, it has done wholly or not."""
         flight, self.flight = self.flight, InFlight()
 
@@ -400,12 +421,12 @@ class VolumeMachine(RuleBasedStateMachine):
                 self.after(volume)  # The write may have tripped a fault that nobody was told of.
             if flight.restoring is not None:
                 actual = raw_replica(self.rig)
-                if actual != model.content:
-                    if actual == model.points[flight.restoring]:
-                        model.content = bytearray(actual)
-                    else:
-                        model.accept(actual)
-                model.synced()
+                if actual == model.points[flight.restoring] and actual != model.content:
+                    model.content = bytearray(actual)
+                    model.synced()
+                elif how != "kill":
+                    model.accept(actual)
+                # Killed before it began: what was not synced is so still.
 
         self.rig.run(look)
 
