@@ -122,6 +122,9 @@ def _connect(folder: Path, timeout: float) -> socket.socket:
     try:
         connection.settimeout(timeout)
         _connect_to(connection, fd, folder)
+    except VsnapError:
+        connection.close()
+        raise
     except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
         connection.close()
         raise _NotServed from error

@@ -7,9 +7,11 @@ left out. Leaves the order of things to `lifecycle`.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import resource
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -65,7 +67,11 @@ def open_log(directory: Path) -> int:
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         # O_NONBLOCK: a pipe put there must not keep us waiting.
-        return os.open(LOG_NAME, flags | os.O_NONBLOCK, 0o600, dir_fd=folder)
+        fd = os.open(LOG_NAME, flags | os.O_NONBLOCK, 0o600, dir_fd=folder)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return fd
     except OSError as error:
         raise VsnapError(
             f"cannot open {directory}/{LOG_NAME}: {error.strerror}", errno=error.errno or 5
