@@ -176,7 +176,8 @@ async def flush_fails(play: Play) -> bool:
 async def create_while_writing(play: Play) -> bool:
     if not play.is_online or play.rig.config.on_full == "evict":
         return False
-    if not has_room(play, 6):
+    # After a growth whose sync failed, the next copy is fault 7 or 13; here nothing may fail.
+    if play.volume.core.need_area().needs_rollback or not has_room(play, 6):
         return False
     await play.create_while_writing(
         (0, 600, 3), (BLOCK + 10, 30, 6), (2 * BLOCK, 5, 8), (1000, 500, 9)
