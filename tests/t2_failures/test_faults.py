@@ -436,6 +436,26 @@ def test_a_point_taken_after_a_failed_sync_holds_what_is_on_the_disk(reopened: b
     scene.exact()
 
 
+def test_giving_up_the_points_opens_a_replica_that_failed_anew() -> None:
+    """Online without points after a failed sync is online: the next flush is no fault again."""
+    scene = Scene()
+    assert scene.write(0, 2 * BLOCK, seed=31) is None
+    scene.rig.host.fail("replica", "sync", errno.EIO)
+    assert scene.flush() is not None
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+
+    scene.run(give_up)
+    assert scene.flush() is None
+    assert scene.fault is None
+    scene.points.clear()
+    scene.run(scene.create)
+    assert scene.write(0, SIZE) is None
+    scene.rig.crashed(nothing_kept)
+    scene.exact()
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                 if old is None or backing is not old.backing:
                     backing.close()  # So that the next try can lock it.
                 raise
+        if core.replica_failed:
+            await in_thread(volume.reopen_replica)
         await protection.come_online()
     except (FaultError, OSError) as error:
         raise VsnapError(

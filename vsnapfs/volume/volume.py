@@ -380,7 +380,7 @@ class Volume:
         await protection.recorded()
         try:
             if core.replica_failed:
-                await in_thread(self._reopen_replica)
+                await in_thread(self.reopen_replica)
             warning = protection.would_fit()
             await protection.come_online()
         except (FaultError, OSError, VsnapError) as error:
@@ -393,7 +393,8 @@ class Volume:
         self.room.reset()
         return [warning] if warning else []
 
-    def _reopen_replica(self) -> None:
+    def reopen_replica(self) -> None:
+        """After a failed sync: open it anew and forget what was lost. OSError, BusyError."""
         core = self.core
         core.replica.reopen()
         # The host may still show what a failed sync has lost. Only what is on the disk counts.
