@@ -354,6 +354,9 @@ class FileBacking:
 
     def identity(self) -> Identity:
         """See `Backing.identity`. A device has no ctime of its content: 0."""
+        if not self.is_device:
+            # fdatasync leaves the ctime behind: after a power loss it would seem to have changed.
+            os.fsync(self._fd)
         info = os.fstat(self._fd)
         if self.is_device:
             return Identity(info.st_rdev, 0, self.size(), 0)

@@ -232,6 +232,10 @@ class Writer:
         """In a worker thread: read the old content, write the copies, one barrier for all."""
         block: int | None = None
         try:
+            if area.needs_rollback:
+                # A growth's sync failed: what it should have covered never came into use, and
+                # is no reason to refuse a copy (P2).
+                area.rollback()
             staging = self._staging_area()
             ordered = sorted(zip(blocks, slots, strict=True))
             size, epoch = area.layout.block_size, area.superblock.epoch
