@@ -196,7 +196,7 @@ def test_attributes(volume: FakeVolume, handlers: VolumeOperations) -> None:
     replica = lookup(handlers, tree.ROOT, "replica.img")
     assert stat.filemode(replica.st_mode) == "-rw-------"
     point = lookup(handlers, tree.POINTS, "0007.img")
-    assert stat.filemode(point.st_mode) == "-r--------"
+    assert stat.filemode(point.st_mode) == "-r--r--r--"
     assert point.st_mtime_ns == NOON + 123_456_789
     assert point.attr_timeout > 3600
     for attr in (replica, point):

@@ -255,8 +255,7 @@ class VolumeOperations(pyfuse3.Operations):
         point = self.tree.point(inode)
         if point is None:
             raise FUSEError(errno.ESTALE)  # the kernel remembers an inode that is gone
-        # A point holds the whole device, like the replica: with allow_other, too, its owner's alone.
-        attr.st_mode = stat.S_IFREG | 0o400
+        attr.st_mode = stat.S_IFREG | 0o444
         attr.attr_timeout = _FOR_EVER
         return self._size, point.created_ns
 
