@@ -24,12 +24,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest import mock
 
+import trio
 from mutations import Base, Mutator
-from rig import BLOCK, SMALLEST, attempt, raw_replica, write
+from rig import BLOCK, SMALLEST, Rig, attempt, pattern, raw_replica, write
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
@@ -270,3 +272,53 @@ def case(listed: list[Base], seed: int, number: int) -> Outcome:
         outcome.violation = f"{type(error).__name__}: {error}"
         outcome.error = error
     return outcome
+
+
+# --- what tests of single cases use --------------------------------------------------------------
+
+
+def small_volume() -> Rig:
+    """Three points, copies in three epochs, cleanly closed."""
+    rig = Rig(size=5 * BLOCK + 100)
+
+    async def fill(volume: Volume) -> None:
+        for number in range(3):
+            await volume.create_point(f"p{number}")
+            for block in range(number, 5):
+                await write(volume, block * BLOCK, pattern(10 * number + block, BLOCK))
+
+    rig.run(fill)
+    rig.close()
+    return rig
+
+
+def fresh(rig: Rig) -> Rig:
+    """The same volume on a host of its own."""
+    return rig.on(rig.host.snapshot().power_failure(lambda *_: True))
+
+
+def poke(rig: Rig, name: str, offset: int, data: bytes) -> None:
+    """Change a file behind everybody's back."""
+    for pages in (rig.host.files[name].cache, rig.host.files[name].disk):
+        pages.write(offset, data)
+
+
+def flip(rig: Rig, name: str, offset: int, bit: int) -> None:
+    old = rig.host.files[name].cache.read(offset, 1)[0]
+    poke(rig, name, offset, bytes([old ^ (1 << bit)]))
+
+
+def listing(directory: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
+
+
+async def opened(directory: Path, function: Any, **options: Any) -> Any:
+    volume = await Volume.open(directory, **options)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(volume.run)
+            result = await function(volume)
+            nursery.cancel_scope.cancel()
+        return result
+    finally:
+        await volume.close()
