@@ -245,12 +245,13 @@ def case(listed: list[Base], seed: int, number: int) -> Outcome:
     forged = dice.randrange(2) == 1
     host = base.host()
     mutator = Mutator(base, host, dice)
-    (mutator.forge if forged else mutator.rot)()
-    outcome = Outcome([f"{base.name}, {'forged' if forged else 'rot'}", *mutator.said])
+    outcome = Outcome([f"{base.name}, {'forged' if forged else 'rot'}"])
     rig = base.rig.on(host)
     judge = Judge(base, forged=forged, dry=number % 4 == 0)
     before = raw_replica(rig)
     try:
+        (mutator.forge if forged else mutator.rot)()
+        outcome.said += mutator.said
         with limits(), mock.patch("rig._inline", _at_once):
             try:
                 rig.run(judge.first)

@@ -457,7 +457,7 @@ class Mutator:
         try:
             fields = json.loads(bytes(data[40 : 40 + length]))
             assert isinstance(fields, dict)
-        except (ValueError, AssertionError):
+        except (ValueError, AssertionError, RecursionError):
             fields = {"offline": False, "fault": None, "given_up": 0, "epoch": 1}
         if dice.randrange(3) == 0:
             fields["fault"] = json.loads(
