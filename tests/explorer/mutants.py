@@ -240,7 +240,7 @@ def failed_flush_forgets_nothing(patch: Patch) -> None:
     def broken(self: Any) -> None:
         self.core.replica_failed, self.core.replica_error = False, None
 
-    patch(Volume, "_reopen_replica", broken)
+    patch(Volume, "reopen_replica", broken)
 
 
 def rollback_with_a_higher_number(patch: Patch) -> None:
