@@ -331,6 +331,8 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @rule()
     def close_and_open(self) -> None:
+        if self.rig.volume is None:
+            return  # The end came before it was opened again.
         self.rig.close()
         if not self.model.offline:
             # A file that is cut off later is no harm: the superblock says how much counts.
