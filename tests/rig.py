@@ -15,13 +15,14 @@ from unittest import mock
 
 import trio
 import trio._core._run as trio_run
-from simdisk import Host, PowerLoss
+from simdisk import Host, PowerLoss, SimStore
 
 from vsnapfs.config import VolumeConfig
 from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.errors import VsnapError
 from vsnapfs.events import CATALOG
 from vsnapfs.volume import Volume
+from vsnapfs.volume.buffer import lay_over
 from vsnapfs.volume.opening import _why_not_open, close_files, open_core
 from vsnapfs.volume.statefile import STATE_SIZE, SavedState, StateFile
 
@@ -79,6 +80,9 @@ def small_steps() -> Iterator[None]:
         mock.patch("vsnapfs.volume.resize._AT_ONCE", 3),
         mock.patch("vsnapfs.volume.restore._AT_ONCE", 3),
         mock.patch("vsnapfs.volume.writer._STAGING", 4 * BLOCK),
+        mock.patch("vsnapfs.volume.writer.LONGEST", 2 * BLOCK),
+        mock.patch("vsnapfs.volume.buffer.MIN_SIZE", 64 * 1024),
+        mock.patch("vsnapfs.volume.buffer._BATCH", 3 * BLOCK),
     ):
         yield
 
@@ -95,9 +99,12 @@ class Rig:
         capacity: int = 1 << 50,
         area_is_device: bool = False,
         seed: int = 0,
+        buffer: int = 0,
         **config: Any,
     ) -> None:
         self.host = Host(capacity)
+        #: Bytes of the write buffer, 0 for none.
+        self.buffer = buffer
         self.config = VolumeConfig(volume_id=VOLUME_ID.hex(), **config)
         self.log = MemoryLog()
         self.volume: Volume | None = None
@@ -176,9 +183,12 @@ class Rig:
                 opened.append(area)
             except OSError as error:
                 problem = _why_not_open(Path("/sim/area"), error)
+            store = SimStore(host) if self.buffer else None
             core = open_core(
-                "/sim", self.config, opened[0], area, opened[1], self.log, problem, False
+                "/sim", self.config, opened[0], area, opened[1], self.log, problem, False, store
             )
+            core.buffer_size = self.buffer
+            core.core.durability = self.config.durability
             try:
                 return await Volume.from_opened(core, **options)
             except BaseException:
@@ -275,6 +285,12 @@ def raw_replica(rig: Rig) -> bytes:
     """The replica as any process on the host sees it."""
     cache = rig.host.files["replica"].cache
     return cache.read(0, cache.size)
+
+
+def acknowledged(rig: Rig, volume: Volume) -> bytes:
+    """The replica with all that has been acknowledged, online or not."""
+    parts = volume.buffer.capture(0, volume.size)
+    return bytes(lay_over(raw_replica(rig), parts))
 
 
 def pattern(seed: int, length: int) -> bytes:

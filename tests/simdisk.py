@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from vsnapfs.backing import Bytes, Identity, Removed
 from vsnapfs.errors import BusyError
+from vsnapfs.volume.ring import Ring
 
 PAGE = 4096
 SECTOR = 512
@@ -191,6 +192,9 @@ class Host:
         #: Called after each operation that changed what a power failure could leave, with the
         #: place of the new change (file, number in its journal), or None after a sync.
         self.observer: Callable[[tuple[str, int] | None], None] | None = None
+        #: Shared memory by ring: it outlives a process, not the machine. `boot` counts its lives.
+        self.memory: dict[bytes, bytearray] = {}
+        self.boot = 1
         self._inodes = 0
         self._time = 0
 
@@ -278,12 +282,15 @@ class Host:
         host = Host(self.capacity)
         host.files = files
         host._inodes, host._time = self._inodes, self._time
+        host.boot = self.boot + 1
         return host
 
     def kill(self) -> Host:
         """The host after SIGKILL of our process: locks are gone, the page cache survives."""
         self.dead = True
-        return self._next({name: replace(f, locked=False) for name, f in self.files.items()})
+        host = self._next({name: replace(f, locked=False) for name, f in self.files.items()})
+        host.memory, host.boot = self.memory, self.boot
+        return host
 
     def snapshot(self) -> Snapshot:
         """What a power failure now could leave, kept for later."""
@@ -351,6 +358,36 @@ class Snapshot:
         return self._host._next(files)
 
 
+class SimStore:
+    """The shared memory of a `Host`. See `ring.RingStore`. room: bytes there are for rings."""
+
+    def __init__(self, host: Host, room: int = 1 << 30) -> None:
+        self.host = host
+        self.room = room
+        self.boot = host.boot.to_bytes(16, "big")
+
+    def make(self, size: int, volume_id: bytes) -> Ring:
+        if size > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.host._inodes += 1
+        ring_id = self.host._inodes.to_bytes(16, "big")
+        self.host.memory[ring_id] = bytearray(size)
+        return Ring.make(self.host.memory[ring_id], ring_id, volume_id)
+
+    def find(self, ring_id: bytes, volume_id: bytes) -> Ring | None:
+        memory = self.host.memory.get(ring_id)
+        return None if memory is None else Ring.found(memory, ring_id, volume_id)
+
+    def is_there(self, ring: Ring) -> bool:
+        return ring.ring_id in self.host.memory
+
+    def keep_only(self, ring_id: bytes, volume_id: bytes) -> int:
+        others = set(self.host.memory) - {ring_id}
+        for other in others:
+            del self.host.memory[other]
+        return len(others)
+
+
 class SimBacking:
     """An open file of a `Host`. See `backing.Backing`."""
 
@@ -376,6 +413,9 @@ class SimBacking:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.read(offset, len(buffer))
+
+    def prefetch(self, offset: int, length: int) -> None:
+        return
 
     def write(self, offset: int, data: Bytes) -> None:
         content = bytes(data)

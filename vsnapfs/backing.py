@@ -70,6 +70,10 @@ class Backing(Protocol):
         """Fill `buffer`, or OSError."""
         ...
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """The range is going to be read soon. A hint: never waits, never fails."""
+        ...
+
     def write(self, offset: int, data: Bytes) -> None:
         """Write all of `data`, or OSError (then any part may have been written)."""
         ...
@@ -285,6 +289,11 @@ class FileBacking:
                 raise OSError(errno.EIO, f"{self.path} ends before byte {offset}")
             buffer = buffer[count:]
             offset += count
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """See `Backing.prefetch`."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def write(self, offset: int, data: Bytes) -> None:
         """See `Backing.write`."""

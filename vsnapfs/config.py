@@ -43,8 +43,13 @@ DEFAULT_DIFF_AREA = "diff-area"
 FORMAT = 1
 """The version of volume.toml that this code reads and writes."""
 
+DEFAULT_WRITE_BUFFER = 64 << 20
+"""Bytes of shared memory for acknowledged writes, while a volume is mounted."""
+
 OnFull = Literal["offline", "evict"]
 POLICIES: tuple[OnFull, ...] = get_args(OnFull)
+Durability = Literal["power", "process"]
+DURABILITIES: tuple[Durability, ...] = get_args(Durability)
 
 # A hand-edited file of six keys is about 1 KiB; two paths of 4 KiB, every byte escaped, are 48 KiB.
 _MAX_FILE = 64 * 1024
@@ -59,6 +64,7 @@ _KEYS = {  # key in the file → field of VolumeConfig
     "on-full": "on_full",
     "grow-timeout": "grow_timeout",
     "hold-timeout": "hold_timeout",
+    "durability": "durability",
 }
 _REQUIRED = ("volume-id", "replica", "diff-area", "on-full")
 
@@ -72,6 +78,7 @@ class VolumeConfig:
     on_full: what happens when a block cannot be preserved.
     grow_timeout: seconds a write waits for a growth of the diff area under way (fault 9 after).
     hold_timeout: seconds that creating a recovery point may hold writes (event 8 after).
+    durability: what recovery points survive: "power" failures, or only the end of the "process".
     """
 
     volume_id: str
@@ -80,6 +87,7 @@ class VolumeConfig:
     on_full: OnFull = "offline"
     grow_timeout: float = 2.0
     hold_timeout: float = 10.0
+    durability: Durability = "power"
 
     def __post_init__(self) -> None:
         _check_id(self.volume_id)
@@ -88,6 +96,11 @@ class VolumeConfig:
         if self.on_full not in POLICIES:
             raise UsageError(
                 f"on-full is {self.on_full!r}, but must be {' or '.join(POLICIES)}", code="config"
+            )
+        if self.durability not in DURABILITIES:
+            raise UsageError(
+                f"durability is {self.durability!r}, but must be {' or '.join(DURABILITIES)}",
+                code="config",
             )
         # Integers are welcome ("grow-timeout = 5"), but every reader then sees a float.
         object.__setattr__(
@@ -401,6 +414,10 @@ grow-timeout = {config.grow_timeout!r}
 
 # Seconds that writes may be held while a recovery point is created.
 hold-timeout = {config.hold_timeout!r}
+
+# "power": a copy is on the disk before its block is overwritten, so that recovery points survive
+# power failures. "process": it is only written before; a power failure can spoil recovery points.
+durability = {_quoted(config.durability)}
 """
 
 

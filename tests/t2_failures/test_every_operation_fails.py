@@ -90,32 +90,36 @@ FAILURES = (
 EVERYTHING = settings.default is not None and settings.default.max_examples >= 2000
 
 
-def _make(workload: str, policy: str) -> Rig:
-    return Rig(**{"size": SIZE, "on_full": policy, **WORKLOADS[workload][0]})
+def _make(workload: str, policy: str, buffer: int = 0) -> Rig:
+    return Rig(**{"size": SIZE, "on_full": policy, "buffer": buffer, **WORKLOADS[workload][0]})
 
 
 @pytest.mark.time_limit(600)
+@pytest.mark.parametrize("buffer", [0, 64 * 1024], ids=["direct", "buffered"])
 @pytest.mark.parametrize("policy", ["offline", "evict"])
 @pytest.mark.parametrize("name", ["replica", "area", "state"])
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_one_operation_after_the_other_fails(workload: str, name: str, policy: str) -> None:
+def test_one_operation_after_the_other_fails(
+    workload: str, name: str, policy: str, buffer: int
+) -> None:
     """The n-th operation on a file fails, for every n until the workload runs through."""
     steps = WORKLOADS[workload][1]
     with small_steps():
-        total = count_operations(lambda: _make(workload, policy), steps)[name]
+        total = count_operations(lambda: _make(workload, policy, buffer), steps)[name]
         assert total > 5
         ways = itertools.cycle(itertools.product(ENDS, FAILURES))
         for nth in range(1, total + 1):
             for _ in range(len(ENDS) * len(FAILURES) if EVERYTHING else 1):
                 end, (error, times, partly) = next(ways)
-                trial = Trial(_make(workload, policy))
+                trial = Trial(_make(workload, policy, buffer))
                 failure = trial.host.fail(name, None, error, nth=nth, times=times, partly=partly)
                 try:
                     trial.run(steps)
                     trial.end(end)
                 except BaseException as problem:
                     problem.add_note(
-                        f"{workload}, {policy}: operation {nth} of {total} on {name}, {failure}, "
-                        f"then {end}; refused: {trial.refused}; log: {trial.rig.log.events}"
+                        f"{workload}, {policy}, buffer {buffer}: operation {nth} of {total} on "
+                        f"{name}, {failure}, then {end}; refused: {trial.refused}; "
+                        f"log: {trial.rig.log.events}"
                     )
                     raise

@@ -49,7 +49,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = ok(
         *("create", "v", "--size", "1GiB", "--diff-area-size", "64MiB", "--diff-area", "d"),
         *("--replica", "r", "--from", "i", "--block-size", "4KiB", "--on-full", "evict"),
-        "--force",
+        *("--durability", "process", "--force"),
     )
     del seen["progress"]
     assert seen == {
@@ -61,6 +61,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "from_image": tmp_path / "i",
         "block_size": 4096,
         "on_full": "evict",
+        "durability": "process",
         "force": True,
     }
     assert "vsnapfs: warning: the host is nearly full" in result.stderr

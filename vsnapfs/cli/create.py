@@ -11,7 +11,7 @@ from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import note, progress, warn
 from vsnapfs.cli.params import FileType, SizeType
 from vsnapfs.cli.signals import unwinding
-from vsnapfs.config import POLICIES, OnFull, shown
+from vsnapfs.config import DURABILITIES, POLICIES, Durability, OnFull, shown
 from vsnapfs.units import format_exact
 
 
@@ -65,6 +65,14 @@ from vsnapfs.units import format_exact
     "or delete the oldest recovery points.",
 )
 @click.option(
+    "--durability",
+    type=click.Choice(DURABILITIES),
+    default="power",
+    show_default=True,
+    help="What recovery points survive: power failures, or only the end of the process (faster; "
+    "a power failure can then spoil every recovery point).",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Overwrite an existing diff area, replica (with --from) or device with a signature.",
@@ -78,6 +86,7 @@ def create(
     from_image: Path | None,
     block_size: int,
     on_full: OnFull,
+    durability: Durability,
     force: bool,
 ) -> None:
     """Create a volume: a directory with replica and diff area.
@@ -98,6 +107,7 @@ def create(
             from_image=None if from_image is None else _absolute(from_image),
             block_size=block_size,
             on_full=on_full,
+            durability=durability,
             force=force,
             progress=report,
         )

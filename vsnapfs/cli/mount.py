@@ -9,9 +9,9 @@ import click
 
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import note, warn
-from vsnapfs.cli.params import FileType, VolumeNameType, lang_option, volume_argument
+from vsnapfs.cli.params import FileType, SizeType, VolumeNameType, lang_option, volume_argument
 from vsnapfs.cli.volumes import find_mount, find_volume
-from vsnapfs.config import shown
+from vsnapfs.config import DURABILITIES, Durability, shown
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
 
@@ -35,6 +35,19 @@ from vsnapfs.errors import BusyError, UsageError, VsnapError
     help="Mount although something wrote to the replica beside vsnapfs. What it overwrote is "
     "missing from the recovery points.",
 )
+@click.option(
+    "--durability",
+    type=click.Choice(DURABILITIES),
+    help="What recovery points survive this time: power failures, or only the end of the process "
+    "(faster; a power failure can then spoil every recovery point). [default: as created]",
+)
+@click.option(
+    "--write-buffer",
+    type=SizeType(zero=True),
+    default="64MiB",
+    show_default=True,
+    help="Shared memory in which writes are acknowledged before they are carried out; 0: none.",
+)
 @lang_option("MOUNTPOINT/events.log")
 def mount(
     volume: Path,
@@ -42,6 +55,8 @@ def mount(
     foreground: bool,
     options: tuple[str, ...],
     accept_changed_replica: bool,
+    durability: Durability | None,
+    write_buffer: int,
     lang: str,
 ) -> None:
     """Mount a volume on an existing, empty directory.
@@ -60,6 +75,8 @@ def mount(
             place,
             options=options,
             accept_changed_replica=accept,
+            durability=durability,
+            write_buffer=write_buffer,
             lang=lang,
             warn=warn,
             ready=lambda: note(
@@ -68,7 +85,14 @@ def mount(
         )
         return
     pid = server.spawn(
-        volume, place, options=options, accept_changed_replica=accept, lang=lang, warn=warn
+        volume,
+        place,
+        options=options,
+        accept_changed_replica=accept,
+        durability=durability,
+        write_buffer=write_buffer,
+        lang=lang,
+        warn=warn,
     )
     note(f"{shown(volume)} is mounted on {shown(place)} (process {pid}).")
     try:

@@ -33,9 +33,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class SizeType(_ParamType):
-    """10GiB, 64K, 1.5 TiB, 4096: a size of at least one byte. Converts to int."""
+    """10GiB, 64K, 1.5 TiB, 4096: a size of at least one byte (or 0: `zero`). Converts to int."""
 
     name = "size"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self._zero = zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes; usage error when it is no size, or zero."""
@@ -45,7 +48,7 @@ class SizeType(_ParamType):
             size = parse_size(str(value))
         except UsageError as error:
             self.fail(f"{error.message} {error.hint}".strip(), param, ctx)
-        if size == 0:
+        if size == 0 and not self._zero:
             self.fail("A size of zero is of no use.", param, ctx)
         return size
 

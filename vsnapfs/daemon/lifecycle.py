@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vsnapfs.config import shown
+from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
 from vsnapfs.daemon.control import ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
@@ -62,8 +62,8 @@ class Interrupted(VsnapError):
     """A signal arrived before the volume was mounted."""
 
 
-async def open_volume(plan: Plan, *, accept_changed_replica: bool) -> Volume:
-    """Open the volume for serving. BusyError names who has it."""
+async def open_volume(plan: Plan, **options: Any) -> Volume:
+    """Open the volume for serving, with `options` of `Volume.open`. BusyError names who has it."""
     from vsnapfs.volume import Volume
 
     give_up = trio.current_time() + _LOCK_SECONDS
@@ -71,8 +71,8 @@ async def open_volume(plan: Plan, *, accept_changed_replica: bool) -> Volume:
         try:
             return await Volume.open(
                 plan.directory,
-                accept_changed_replica=accept_changed_replica,
                 mountpoint=str(plan.mountpoint),
+                **options,
             )
         except VsnapError as error:
             if error.code != "busy":
@@ -97,11 +97,17 @@ class Server:
         plan: Plan,
         *,
         accept_changed_replica: bool,
+        durability: Durability | None = None,
+        write_buffer: int = DEFAULT_WRITE_BUFFER,
         lang: str,
         ready: Callable[[list[str]], None],
     ) -> None:
         self._plan = plan
-        self._accept = accept_changed_replica
+        self._opening: dict[str, Any] = {
+            "accept_changed_replica": accept_changed_replica,
+            "durability": durability,
+            "write_buffer": write_buffer,
+        }
         self._lang = lang
         self._ready = ready
         self._session: Session | None = None
@@ -119,7 +125,7 @@ class Server:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async with trio.open_nursery() as outer:
                 outer.start_soon(self._obey, signals, outer)
-                volume = await open_volume(self._plan, accept_changed_replica=self._accept)
+                volume = await open_volume(self._plan, **self._opening)
                 self._volume = volume
                 control = ControlServer(self._plan.directory, volume, self._operations())
                 try:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vsnapfs.config import shown
+from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import preflight, process
 from vsnapfs.daemon.lifecycle import Server
 from vsnapfs.errors import VsnapError
@@ -35,13 +35,16 @@ def serve(
     *,
     options: Iterable[str] = (),
     accept_changed_replica: bool = False,
+    durability: Durability | None = None,
+    write_buffer: int = DEFAULT_WRITE_BUFFER,
     lang: str = "en",
     ready: Callable[[], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
     """Mount the volume and serve it in this process until it is unmounted or a signal comes.
 
-    options: as of -o. lang: language of events.log in the mount ("en", "ja"). ready: called once
+    options: as of -o. durability: other than volume.toml says. write_buffer: bytes, 0 for none.
+    lang: language of events.log in the mount ("en", "ja"). ready: called once
     the mount can be used; warn, before that, with each thing the administrator should know.
     Returns after a clean close. VsnapError if it cannot be mounted, or if closing fails. Uses the
     main thread's signals; one mount a process.
@@ -55,7 +58,14 @@ def serve(
         if ready is not None:
             ready()
 
-    server = Server(plan, accept_changed_replica=accept_changed_replica, lang=lang, ready=on_ready)
+    server = Server(
+        plan,
+        accept_changed_replica=accept_changed_replica,
+        durability=durability,
+        write_buffer=write_buffer,
+        lang=lang,
+        ready=on_ready,
+    )
     process.run_trio(server.run)
 
 
@@ -65,6 +75,8 @@ def spawn(
     *,
     options: Iterable[str] = (),
     accept_changed_replica: bool = False,
+    durability: Durability | None = None,
+    write_buffer: int = DEFAULT_WRITE_BUFFER,
     lang: str = "en",
     warn: Callable[[str], None] | None = None,
 ) -> int:
@@ -80,6 +92,8 @@ def spawn(
         "mountpoint": str(plan.mountpoint),
         "options": sorted(plan.options),
         "accept_changed_replica": accept_changed_replica,
+        "durability": durability,
+        "write_buffer": write_buffer,
         "lang": lang,
     }
     log = process.open_log(plan.directory)

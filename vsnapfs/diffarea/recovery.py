@@ -62,7 +62,8 @@ class Report:
 
     healed: what was brought back from its twin, in words; rot: each structure among it that was
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
-    had two valid copies, one of them older. unclean: no clean close before.
+    had two valid copies, one of them older. unclean: no clean close before. suspect: so many
+    recovery points may be wrong after a power failure (durability "process").
     """
 
     unclean: bool = False
@@ -73,6 +74,7 @@ class Report:
     healed: list[str] = field(default_factory=list)
     rot: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
+    suspect: int = 0
     problems: list[str] = field(default_factory=list)
 
 

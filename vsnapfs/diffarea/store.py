@@ -67,6 +67,10 @@ class AreaStore:
         #: The copy (its offset) that a commit could not finish.
         self._doubtful: int | None = None
         self._formatting = False
+        #: Durability "process": copies are not synced before their blocks are overwritten.
+        self.relaxed = False
+        #: This life of the machine, for the superblock.
+        self.boot = superblock.boot
 
     @property
     def needs_rollback(self) -> bool:
@@ -86,6 +90,11 @@ class AreaStore:
         self._refuse_if_old()
         offsets = self._check_not_overtaken()
         changes.setdefault("clean", False)
+        # Whoever opens it next must know what a power failure may have spoilt.
+        changes.setdefault("process", self.relaxed and not changes["clean"])
+        changes.setdefault("boot", self.boot)
+        if changes["clean"] and self.relaxed:
+            self._sync_for_commit()
         wanted = replace(
             self.superblock,
             **changes,
@@ -116,6 +125,16 @@ class AreaStore:
         self._on_disk = data
         self.in_doubt = False
         self.superblock = wanted
+
+    def _sync_for_commit(self) -> None:
+        try:
+            self._sync()
+        except OSError as error:
+            raise FaultError(
+                FaultCode.COW_WRITE_FAILURE,
+                f"copies could not be made durable: {error}",
+                errno=error.errno or errno.EIO,
+            ) from error
 
     def know_generations(self, generations: Iterable[int]) -> None:
         """Generations found on disk at open, in either copy: finding them again is no surprise."""
@@ -254,7 +273,8 @@ class AreaStore:
             after[sector] = image
         try:
             self._write_sectors(after)
-            self._sync()
+            if not self.relaxed:
+                self._sync()
         except OSError as error:
             self._suspects = before
             raise FaultError(

@@ -37,7 +37,10 @@ _FAULT_OFFSET, _FAULT_MAX = 512, 3580
 _CATALOG_OFFSET = 4096
 _ENTRY = struct.Struct(f"<IIq{MAX_LABEL}s")
 _CHECK_OFFSET = SUPERBLOCK_SIZE - 8
-_CLEAN = 1
+_BUFFER = struct.Struct("<16s16sI")
+_BUFFER_OFFSET = 256
+_CLEAN, _PROCESS = 1, 2
+_NO_ID = bytes(16)
 _ZEROS = Identity(0, 0, 0, 0)
 
 
@@ -58,6 +61,10 @@ class Superblock:
     epoch: the number of the newest point ever created (0: none yet), and so the epoch that
     copies are made in. restoring: the point an in-place restore is bringing back, or 0.
     replica: the replica as a clean close left it (only meaningful when `clean`).
+    ring: the write buffer in use, which the next opening empties (zeros: none). boot: the life of
+    the machine in which this was written (meaningful with `ring` and `process`).
+    process: copies are not made durable before blocks are overwritten (durability "process").
+    suspect: points up to this number lived through a power failure like that.
     """
 
     volume_id: bytes
@@ -73,6 +80,10 @@ class Superblock:
     replica: Identity = _ZEROS
     fault: Fault | None = None
     points: tuple[RecoveryPoint, ...] = field(default=())
+    ring: bytes = _NO_ID
+    boot: bytes = _NO_ID
+    process: bool = False
+    suspect: int = 0
 
     def encode(self) -> bytes:
         """The 64 KiB of one copy."""
@@ -87,7 +98,7 @@ class Superblock:
             self.generation,
             self.barrier,
             self.block_size,
-            _CLEAN if self.clean else 0,
+            (_CLEAN if self.clean else 0) | (_PROCESS if self.process else 0),
             self.replica_size,
             self.maximum,
             self.allocated,
@@ -97,6 +108,7 @@ class Superblock:
             SLOTS_PER_GROUP,
             *self.replica,
         )
+        _BUFFER.pack_into(buffer, _BUFFER_OFFSET, self.ring, self.boot, self.suspect)
         text = _fault_text(self.fault)
         struct.pack_into("<I", buffer, _FAULT_OFFSET, len(text))
         buffer[_FAULT_OFFSET + 4 : _FAULT_OFFSET + 4 + len(text)] = text
@@ -138,6 +150,7 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
         raise FormatError("the superblock fails its checksum", code="checksum")
     (_, _, _, volume_id, generation, barrier, block_size, flags, *rest) = head
     replica_size, maximum, allocated, epoch, restoring, count, slots_per_group, *identity = rest
+    ring, boot, suspect = _BUFFER.unpack_from(view, _BUFFER_OFFSET)
     _demand(slots_per_group == SLOTS_PER_GROUP, "group size")
     _demand(count <= MAX_POINTS, "number of points")
     superblock = Superblock(
@@ -154,6 +167,10 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
         replica=Identity(*identity),
         fault=_decode_fault(view),
         points=tuple(_decode_point(view, index) for index in range(count)),
+        ring=ring,
+        boot=boot,
+        process=bool(flags & _PROCESS),
+        suspect=suspect,
     )
     check(superblock)
     return superblock
@@ -173,6 +190,7 @@ def check(superblock: Superblock) -> None:
     _demand(numbers == sorted(set(numbers)), "order of the points")
     _demand(not numbers or 0 < numbers[0] <= numbers[-1] <= superblock.epoch, "point numbers")
     _demand(superblock.restoring in (0, *numbers), "point being restored")
+    _demand(superblock.suspect <= superblock.epoch, "suspect points")
     _demand(superblock.generation <= MAX_COUNTER, "generation")
     _demand(superblock.barrier <= MAX_COUNTER, "barrier")
     _demand(all(len(point.label.encode()) <= MAX_LABEL for point in superblock.points), "label")

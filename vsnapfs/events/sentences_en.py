@@ -270,6 +270,19 @@ SENTENCES: dict[tuple[str, int], str] = {
         " not overwritten yet.|[ Incomplete copies dropped: {dropped}.]][ Of the others {copies};"
         " `vsnapfs verify {VOLUME}` lists what that affects.]"
     ),
+    ("vsnapfs", 1043): (
+        "The write buffer of {the_volume} cannot be read[: {cause}]. Writes that were acknowledged"
+        " and not flushed since may be lost. Recovery points are not affected."
+    ),
+    ("vsnapfs", 1044): (
+        "{The_volume} was closed while [{count} acknowledged writes|acknowledged writes] could not"
+        " be carried out[: {cause}]. They wait in memory for the next opening; a restart of the"
+        " machine loses them."
+    ),
+    ("vsnapfs", 1045): (
+        'The power failed while {the_volume} was used with durability "process"[. All {count}'
+        " recovery points|. All recovery points] of that time may be wrong."
+    ),
     ("vsnapfs", 1050): (
         "The replica of {the_volume} failed[ to carry out {what}][ at {range}].[ Cause: {cause}.]"
         " The request was refused; the volume stays online."

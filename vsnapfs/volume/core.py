@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from ..backing import Backing
-from ..config import VolumeConfig
+from ..config import Durability, VolumeConfig
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.superblock import RecoveryPoint
@@ -145,6 +145,8 @@ class Core:
     #: A sync of the replica failed: it must be opened anew before it can be trusted.
     replica_failed: bool = False
     replica_error: OSError | None = None
+    #: "power": a copy is durable before its block is overwritten; "process": written before.
+    durability: Durability = "power"
     #: The files are overlays: what is written is forgotten.
     dry_run: bool = False
     nursery: trio.Nursery | None = None

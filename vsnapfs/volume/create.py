@@ -16,13 +16,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ..backing import FileBacking, device_size, file_system_type, sync_directory
 from ..config import (
     CONFIG_NAME,
     DEFAULT_DIFF_AREA,
     DEFAULT_REPLICA,
+    Durability,
+    OnFull,
     VolumeConfig,
     VolumePaths,
     check_private,
@@ -60,7 +61,8 @@ def create_volume(
     diff_area: Path | None = None,
     from_image: Path | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
-    on_full: Literal["offline", "evict"] = "offline",
+    on_full: OnFull = "offline",
+    durability: Durability = "power",
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -82,6 +84,7 @@ def create_volume(
         replica=_configured(plan.directory, plan.replica),
         diff_area=_configured(plan.directory, plan.diff_area),
         on_full=on_full,
+        durability=durability,
     )
     try:
         return _make(plan, config, block_size, diff_area_size, progress or no_progress)

@@ -43,6 +43,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
         )
     points = [point.number for point in core.points]
     restoring = old.superblock.restoring if old else 0
+    boot = volume.buffer.boot
     epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
     try:
         # A growth that was too slow (fault 9) ends first: it would write into the new area.
@@ -54,12 +55,19 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     area = await in_thread(_format, volume, backing, maximum, epoch)
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
+                    volume.buffer.forget_slots()
+                    volume.room.promised.clear()
+                    area.relaxed, area.boot = core.durability == "process", boot
+                    if volume.buffer.ring is not None:
+                        await core.commit(ring=volume.buffer.ring.ring_id)
             except BaseException:
                 if old is None or backing is not old.backing:
                     backing.close()  # So that the next try can lock it.
                 raise
         if core.replica_failed:
             await in_thread(volume.reopen_replica)
+        await volume.buffer.give_up()
+        await volume.buffer.try_again()
         await protection.come_online()
     except (FaultError, OSError) as error:
         raise VsnapError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..backing import Bytes
@@ -57,6 +58,13 @@ class ReplicaHandle:
         """Return when everything acknowledged before survives power loss (W4)."""
         volume = self._volume
         protection = volume.protection
+        if self._session != protection.session or not protection.is_online:
+            refusal = await protection.refuse()
+            volume.log_flush_failure(refusal)
+            raise refusal
+        # What cannot be carried out has taken the volume offline, which is refused below.
+        with suppress(OSError):
+            await volume.buffer.drain()
         if self._session != protection.session or not protection.is_online:
             refusal = await protection.refuse()
             volume.log_flush_failure(refusal)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backing import Backing, FileBacking
-from ..config import VolumeConfig, VolumePaths, leads_out, load
+from ..config import DEFAULT_WRITE_BUFFER, VolumeConfig, VolumePaths, leads_out, load
 from ..diffarea.area import DiffArea
 from ..diffarea.layout import DEFAULT_BLOCK_SIZE
 from ..diffarea.recovery import Report, open_area
 from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
 from .overlay import Overlay
+from .ring import RingStore, SharedMemory
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
@@ -41,6 +42,9 @@ class Opened:
     report: Report | None
     warnings: list[str]
     state_problem: str = ""
+    #: Where write buffers live, None if nowhere; the size of one in bytes, 0 for none.
+    store: RingStore | None = None
+    buffer_size: int = DEFAULT_WRITE_BUFFER
 
 
 def open_files(
@@ -73,7 +77,15 @@ def open_files(
             state = Overlay(state.path, state)
             area = area and Overlay(area.path, area)
         return open_core(
-            str(paths.directory), config, replica, area, state, log, problem, new_state
+            str(paths.directory),
+            config,
+            replica,
+            area,
+            state,
+            log,
+            problem,
+            new_state,
+            SharedMemory(),
         )
     except BaseException:
         for backing in opened:
@@ -156,6 +168,7 @@ def open_core(
     log: Log,
     problem: FaultError | None = None,
     new_state: bool = False,
+    store: RingStore | None = None,
 ) -> Opened:
     """Put an open volume together from its backings. problem: why there is no `area_backing`."""
     volume_id = bytes.fromhex(config.volume_id)
@@ -178,6 +191,8 @@ def open_core(
     if area_backing is not None:
         try:
             area, report = _open_area(area_backing, replica, volume_id, saved, size)
+            if store is not None:
+                _look_at_boot(area, report, store.boot)
         except FaultError as error:
             problem = error
             area_backing.close()
@@ -195,7 +210,16 @@ def open_core(
         block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
         volume_id=volume_id,
     )
-    return Opened(core, saved, problem, report, warnings, state_problem)
+    return Opened(core, saved, problem, report, warnings, state_problem, store)
+
+
+def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
+    """Without barriers (durability "process") a power failure may have spoilt all points."""
+    superblock = area.superblock
+    if superblock.process and not superblock.clean and superblock.boot != boot:
+        report.suspect = len(superblock.points)
+        area.superblock = replace(superblock, suspect=superblock.epoch, process=False)
+    area.boot = boot
 
 
 def _open_area(

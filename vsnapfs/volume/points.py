@@ -18,6 +18,7 @@ from ..diffarea.bitmap import BlockSet
 from ..diffarea.layout import MAX_POINTS
 from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
 from ..errors import BusyError, FaultError, UsageError, VsnapError
+from .buffer import WriteBuffer
 from .core import Core, in_thread, now_ns
 from .protection import Protection
 from .room import Room
@@ -48,10 +49,11 @@ def _is_control(character: str) -> bool:
 class Points:
     """The recovery points of an open volume."""
 
-    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+    def __init__(self, core: Core, protection: Protection, room: Room, buffer: WriteBuffer) -> None:
         self._core = core
         self._protection = protection
         self._room = room
+        self._buffer = buffer
         room.remove_points = self.remove
         room.forget_all_points = self.forget_all
         #: Points deleted while open: handles on them get ESTALE.
@@ -99,6 +101,8 @@ class Points:
             await protection.reserve_number(area.superblock.epoch + 1)
             try:
                 async with core.gate.held(core.config.hold_timeout):
+                    with trio.fail_after(core.config.hold_timeout):
+                        await self.drained("creating a recovery point")
                     point = await self._take(label or "")
             except trio.TooSlowError:
                 core.log.log(
@@ -149,7 +153,17 @@ class Points:
         core.preserved.clear()
         return point
 
+    async def drained(self, what: str) -> None:
+        """Return when all acknowledged writes are in the replica. VsnapError if they cannot be."""
+        try:
+            await self._buffer.drain()
+        except OSError:
+            await self._protection.recorded()
+            self._protection.require_online(what)
+            raise
+
     async def _sync_replica(self) -> None:
+        await self.drained("creating a recovery point")
         try:
             await in_thread(self._core.sync_replica)
         except OSError as error:

@@ -12,6 +12,7 @@ import errno
 import os
 
 from ..backing import Bytes
+from .buffer import WriteBuffer, lay_over
 from .core import Core, in_thread
 
 Copy = tuple[int, int]
@@ -20,17 +21,20 @@ Copy = tuple[int, int]
 class Reader:
     """Carries out reads for an open volume."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, buffer: WriteBuffer) -> None:
         self._core = core
+        self._buffer = buffer
         self._reported: set[tuple[int, int]] = set()
 
     async def read_replica(self, offset: int, length: int) -> Bytes:
         """`length` bytes inside the replica. OSError EIO."""
         replica = self._core.replica
+        # Taken before the replica is read: what is carried out meanwhile may be missed there.
+        acknowledged = self._buffer.capture(offset, length) if self._buffer.pending else None
         data = replica.read_cached(offset, length)
-        if data is not None:
-            return data
-        return await in_thread(replica.read, offset, length)
+        if data is None:
+            data = await in_thread(replica.read, offset, length)
+        return lay_over(data, acknowledged) if acknowledged else data
 
     async def read_point(self, point: int, offset: int, length: int) -> bytes:
         """`length` bytes of a live point, inside the replica's size. OSError EIO."""

@@ -15,6 +15,7 @@ import trio
 from ..diffarea.area import DiffArea, check_maximum
 from ..errors import FaultError, UsageError, VsnapError
 from ..units import format_size
+from .buffer import WriteBuffer
 from .core import Core, Progress, in_thread
 from .protection import Protection
 from .restore import no_progress
@@ -26,10 +27,11 @@ _AT_ONCE = 64
 class Resize:
     """Changes the sizes of an open volume's diff area."""
 
-    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+    def __init__(self, core: Core, protection: Protection, room: Room, buffer: WriteBuffer) -> None:
         self._core = core
         self._protection = protection
         self._room = room
+        self._buffer = buffer
 
     async def run(self, total: int, progress: Progress | None) -> None:
         """Make `total` bytes the maximum; when shrinking, allocated ≤ `total` afterwards.
@@ -108,7 +110,8 @@ class Resize:
                 self._room.limit_slots(target, scope)
                 # Writes that reserved slots above the limit finish first; later ones stay below.
                 async with core.gate.held(core.config.hold_timeout):
-                    pass
+                    with trio.fail_after(core.config.hold_timeout):
+                        await self._drain()
                 await self._move_down(area, target, progress)
                 async with core.area_lock:
                     self._check_still_wanted(area)
@@ -124,6 +127,16 @@ class Resize:
             ) from None
         finally:
             self._room.lift_limit()
+
+    async def _drain(self) -> None:
+        try:
+            await self._buffer.drain()
+        except OSError as error:
+            raise VsnapError(
+                f"volume {self._core.name}: the diff area cannot shrink: {error.strerror or error}",
+                hint="They wait for the volume to be online again ('vsnapfs online').",
+                errno=error.errno or errno.EIO,
+            ) from error
 
     async def _move_down(self, area: DiffArea, target: int, progress: Progress) -> None:
         core = self._core

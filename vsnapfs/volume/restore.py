@@ -70,6 +70,8 @@ class Restore:
             protection.restoring = True
             try:
                 async with core.gate.held(core.config.hold_timeout):
+                    with trio.fail_after(core.config.hold_timeout):
+                        await self._points.drained("restoring")
                     return await self._restore(point.number, progress or no_progress)
             except trio.TooSlowError:
                 raise BusyError(f"volume {core.name}: writes in flight took too long") from None

@@ -18,13 +18,14 @@ from typing import Any
 
 import trio
 
-from ..config import VolumeConfig
+from ..config import DEFAULT_WRITE_BUFFER, Durability, VolumeConfig
 from ..diffarea.area import DiffArea
 from ..diffarea.superblock import RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
 from . import giveup, repair
+from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
 from .opening import Opened, check_replica, close_files, open_files
@@ -34,6 +35,7 @@ from .protection import Protection, log_fault
 from .reader import Reader
 from .resize import Resize
 from .restore import Restore, as_fault, no_progress
+from .ring import NO_ID
 from .room import Room
 from .status import status_of
 from .writer import Writer
@@ -51,11 +53,12 @@ class Volume:
         self.account = repair.Account(opened)
         self.protection = Protection(core, opened.saved)
         self.room = Room(core)
-        self.points_service = Points(core, self.protection, self.room)
-        self.writer = Writer(core, self.protection, self.room)
-        self.reader = Reader(core)
+        self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
+        self.points_service = Points(core, self.protection, self.room, self.buffer)
+        self.writer = Writer(core, self.protection, self.room, self.buffer)
+        self.reader = Reader(core, self.buffer)
         self._restore = Restore(core, self.protection, self.room, self.writer, self.points_service)
-        self._resize = Resize(core, self.protection, self.room)
+        self._resize = Resize(core, self.protection, self.room, self.buffer)
         self._stop = trio.Event()
         self._stopped = trio.Event()
         self._stopped.set()
@@ -101,10 +104,13 @@ class Volume:
         accept_changed_replica: bool = False,
         mountpoint: str | None = None,
         dry_run: bool = False,
+        durability: Durability | None = None,
+        write_buffer: int = DEFAULT_WRITE_BUFFER,
     ) -> Volume:
         """Open and lock the volume in `directory`.
 
         dry_run: nothing reaches the disk, whatever is done with it, and no restore is continued.
+        durability: other than volume.toml says. write_buffer: bytes of shared memory, 0 for none.
         mountpoint: where it is going to be served, None for a single command. Opens offline when
         something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
         FormatError; nothing has changed then.
@@ -112,6 +118,8 @@ class Volume:
         make_log: Any = NoLog if dry_run else EventLog
         opened = await in_thread(partial(open_files, Path(directory), make_log, dry_run=dry_run))
         opened.core.dry_run = dry_run
+        opened.buffer_size = write_buffer
+        opened.core.durability = durability or opened.core.config.durability
         try:
             return await cls.from_opened(opened, accept_changed_replica, mountpoint)
         except BaseException:
@@ -130,6 +138,7 @@ class Volume:
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             volume.warnings.append(changed)
+        await volume.buffer.adopt()
         await volume._judge(opened)
         await volume._heal_state()
         if mountpoint is not None:
@@ -139,6 +148,8 @@ class Volume:
     async def _judge(self, opened: Opened) -> None:
         """Decide whether the volume is online, and make what was recovered durable."""
         protection, area = self.protection, opened.core.area
+        if area is not None:
+            area.relaxed = self.core.durability == "process"
         if area is not None and opened.fault is None:
             self._remember_preserved(area)
             recorded = area.superblock.fault
@@ -148,9 +159,15 @@ class Volume:
             try:
                 await self._finish_recovery(opened)
                 if protection.fault and protection.fault.code is FaultCode.DIFF_AREA_MISSING:
+                    await self.buffer.try_again()
                     await protection.come_online()
+                elif protection.is_online:
+                    await self.buffer.try_again()
             except FaultError as error:
                 await self._offline_at_open(error)
+            except OSError:
+                # Acknowledged writes could not be carried out: that has been a fault already.
+                await protection.recorded()
         elif opened.fault is not None:
             if area is not None:
                 self._remember_preserved(area)
@@ -164,6 +181,8 @@ class Volume:
     async def _finish_recovery(self, opened: Opened) -> None:
         core, report = self.core, opened.report
         assert report is not None
+        if report.suspect:
+            core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
         for what in report.healed:
             core.log.log("vsnapfs", 1041, volume=core.name, what=what)
         if report.unclean:
@@ -178,8 +197,9 @@ class Volume:
         if report.unclean or report.healed:
             # Both copies of the superblock agree again, and all that recovery decided is durable
             # before anything relies on it.
+            ring = self.buffer.ring
             async with core.area_lock:
-                await core.commit()
+                await core.commit(ring=ring.ring_id if ring else NO_ID)
                 await in_thread(core.need_area().trim)
             self.account.superblock_is_healed()
 
@@ -228,12 +248,24 @@ class Volume:
                 self.core.nursery = nursery
                 async with self.core.admin_lock:
                     await self._continue_restore()
+                buffering = trio.CancelScope()
+                await nursery.start(self._buffer_writes, buffering)
                 task_status.started()
                 await self._stop.wait()
+                buffering.cancel()
                 # A growth under way is finished: the nursery waits for it.
         finally:
             self.core.nursery = None
             self._stopped.set()
+
+    async def _buffer_writes(
+        self,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with scope:
+            await self.buffer.run(task_status=task_status)
 
     async def _continue_restore(self) -> None:
         """Go on with an in-place restore that was interrupted. The caller holds `admin_lock`."""
@@ -264,6 +296,7 @@ class Volume:
                     await self._leave()
             self._stop.set()
             await self._stopped.wait()
+            self.buffer.close()
             await in_thread(close_files, core)
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1002, volume=core.name)
@@ -276,6 +309,8 @@ class Volume:
         the next open then treats it as an unclean stop.
         """
         core, area = self.core, self.core.area
+        if not await self.buffer.finish():
+            return
         if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
             return
         if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
@@ -283,7 +318,8 @@ class Volume:
         try:
             await in_thread(core.sync_replica)
             async with core.area_lock:
-                await core.commit(clean=True, replica=core.replica.identity())
+                await core.commit(clean=True, replica=core.replica.identity(), ring=NO_ID)
+            await in_thread(self.buffer.remove)
             await in_thread(self._note_generation)
         except (FaultError, OSError) as error:
             core.log.log(
@@ -382,6 +418,7 @@ class Volume:
             if core.replica_failed:
                 await in_thread(self.reopen_replica)
             warning = protection.would_fit()
+            await self.buffer.try_again()
             await protection.come_online()
         except (FaultError, OSError, VsnapError) as error:
             raise VsnapError(
@@ -482,6 +519,7 @@ class Volume:
         taken = set(area.slots.taken_from(0))
         assert set(live) <= taken, "a live copy in a free slot"
         extra = taken - set(live) - self.room.promised - set(area.unknown_slots)
+        assert not set(self.buffer.slots.values()) - self.room.promised, "a slot taken twice"
         assert not extra, f"slots taken by nothing: {sorted(extra)[:5]}"
         assert area.slots.in_use == len(taken)
         assert area.used <= area.allocated <= area.maximum, "used ≤ allocated ≤ maximum"

@@ -5,15 +5,19 @@ W2 (a block is overwritten only after its copy is durable, also by a second writ
 the first one's copy is on its way).
 
 A write first counts itself in at the gate. It reserves slots for all blocks it has to preserve,
-all or none; growth and the on-full policy are `room`'s business. The blocks join the open batch.
-The first to open a batch leads it: it waits for `area_lock` (so for the barrier under way;
-meanwhile others join), copies all blocks of the batch in a worker thread, and makes them durable
-with one sync. Then every writer of the batch overwrites, in the trio thread and without an await
-in between, so that a reader never finds a block overwritten whose copy is not in the index (R2).
+all or none; growth and the on-full policy are `room`'s business. What needs no copy is written at
+once. What does goes through the `buffer`, or, where there is none and for long writes:
+
+The blocks join the open batch. The first to open a batch leads it: it waits for `area_lock` (so
+for the barrier under way; meanwhile others join), copies all blocks of the batch in a worker
+thread, and makes them durable with one sync. Then every writer of the batch looks again and
+overwrites, in the trio thread and without an await in between, so that a reader never finds a
+block overwritten whose copy is not in the index (R2).
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import mmap
 from collections.abc import Iterable, Sequence
@@ -26,11 +30,24 @@ from ..backing import Bytes
 from ..diffarea.area import DiffArea
 from ..diffarea.descriptors import Descriptor
 from ..errors import FaultCode, FaultError
+from .buffer import LONGEST, WriteBuffer
 from .core import Core, in_thread
 from .protection import Protection
+from .ring import Record
 from .room import Room
 
 _STAGING = 4 << 20
+
+
+class _Way(enum.Enum):
+    """How a write that is more than an overwrite goes on."""
+
+    DIRECTLY = enum.auto()
+    ACKNOWLEDGED = enum.auto()
+    LOOK_AGAIN = enum.auto()
+
+
+_DIRECTLY, _ACKNOWLEDGED, _LOOK_AGAIN = _Way
 
 
 class Batch:
@@ -48,10 +65,12 @@ class Batch:
 class Writer:
     """Carries out writes for an open volume."""
 
-    def __init__(self, core: Core, protection: Protection, room: Room) -> None:
+    def __init__(self, core: Core, protection: Protection, room: Room, buffer: WriteBuffer) -> None:
         self._core = core
         self._protection = protection
         self._room = room
+        self._buffer = buffer
+        buffer.writer = self
         self._open_batch: Batch | None = None
         self._on_the_way: dict[int, Batch] = {}
         self._staging: mmap.mmap | None = None
@@ -73,14 +92,20 @@ class Writer:
         try:
             first = offset // core.block_size
             last = (offset + len(data) - 1) // core.block_size
-            if core.area is not None and core.area.superblock.clean:
-                await self._leave_clean(offset, len(data))
-            if core.points:
-                missing = core.preserved.missing(first, last)
-                if missing:
-                    await self._preserve(missing, offset, len(data))
-            holes = core.no_holes.missing(first, last)
-            if holes:
+            while True:
+                # Whatever was waited for, the look is stale: everything is looked at again.
+                if core.area is not None and core.area.superblock.clean:
+                    await self._leave_clean(offset, len(data))
+                missing = core.preserved.missing(first, last) if core.points else []
+                if missing or self._buffer.pending:
+                    way = await self._take_way(session, offset, data, first, last, missing)
+                    if way is _ACKNOWLEDGED:
+                        return
+                    if way is _LOOK_AGAIN:
+                        continue
+                holes = core.no_holes.missing(first, last)
+                if not holes:
+                    break
                 await self.fill_holes(holes, offset, len(data))
             # No await between this look and the overwrite: a fault cannot slip in between.
             if session != protection.session or not protection.is_online:
@@ -92,6 +117,69 @@ class Writer:
                 raise
         finally:
             gate.leave()
+
+    async def _take_way(
+        self, session: int, offset: int, data: Bytes, first: int, last: int, missing: list[int]
+    ) -> _Way:
+        """A write that has blocks to preserve, or blocks that the buffer has not carried out."""
+        buffer = self._buffer
+        touched = buffer.touches(first, last)
+        if not missing and not touched:
+            return _DIRECTLY
+        on_the_way = [
+            self._on_the_way[block] for block in range(first, last + 1) if block in self._on_the_way
+        ]
+        if touched and on_the_way:
+            # One block belongs to the buffer, another to the group commit: after that one.
+            await on_the_way[0].done.wait()
+            return _LOOK_AGAIN
+        if touched or (buffer.is_open and not on_the_way and len(data) <= LONGEST):
+            if buffer.ring is None:
+                await self._start_buffer(offset, len(data))
+                return _LOOK_AGAIN
+            if touched and not buffer.is_open:
+                await buffer.room()
+                if session != self._protection.session or not self._protection.is_online:
+                    raise await self._protection.refuse()
+                return _LOOK_AGAIN
+            return await self._acknowledge(session, offset, data, first, last, missing)
+        await self._preserve(missing, offset, len(data))
+        return _LOOK_AGAIN
+
+    async def _start_buffer(self, offset: int, length: int) -> None:
+        try:
+            await self._buffer.start()
+        except FaultError as error:
+            await self._protection.trip(error, offset=offset, length=length)
+            raise await self._protection.refuse() from error
+
+    async def _acknowledge(
+        self, session: int, offset: int, data: Bytes, first: int, last: int, missing: list[int]
+    ) -> _Way:
+        """Put a write into the buffer once nothing can refuse it any more."""
+        core, buffer, protection = self._core, self._buffer, self._protection
+        holes = core.no_holes.missing(first, last)
+        if holes:
+            await self.fill_holes(holes, offset, len(data))
+            return _LOOK_AGAIN
+        if session != protection.session or not protection.is_online:
+            raise await protection.refuse()
+        fresh = [block for block in missing if block not in buffer.slots]
+        slots = core.need_area().slots.reserve(len(fresh)) if fresh else []
+        if slots is None:
+            await self._make_room(fresh, offset, len(data))
+            return _LOOK_AGAIN
+        if not buffer.append(offset, data):
+            core.need_area().slots.release(slots)
+            await buffer.room()
+            return _LOOK_AGAIN
+        if fresh:
+            self._take_slots(fresh, slots, buffer.slots)
+            self._room.look_ahead()
+            size = core.block_size
+            for block in fresh:
+                core.replica.prefetch(block * size, size)
+        return _ACKNOWLEDGED
 
     async def _leave_clean(self, offset: int, length: int) -> None:
         try:
@@ -125,15 +213,7 @@ class Writer:
                 slots = core.need_area().slots.reserve(len(fresh))
                 if slots is None:
                     # The look above is stale after any await: start over.
-                    try:
-                        await self._room.make(len(fresh))
-                    except FaultError as error:
-                        error.block = fresh[0]
-                        await self._protection.trip(
-                            error, offset=offset, length=length, needed=len(fresh)
-                        )
-                    if not self._protection.is_online:
-                        raise await self._protection.refuse()
+                    await self._make_room(fresh, offset, length)
                     continue
                 break
             self._room.look_ahead()
@@ -144,6 +224,16 @@ class Writer:
                 await batch.done.wait()
                 if batch.error is not None and core.points:
                     raise await self._protection.refuse()
+
+    async def _make_room(self, blocks: Sequence[int], offset: int, length: int) -> None:
+        """There are too few free slots: grow, evict, or trip the fault and refuse the write."""
+        try:
+            await self._room.make(len(blocks))
+        except FaultError as error:
+            error.block = blocks[0]
+            await self._protection.trip(error, offset=offset, length=length, needed=len(blocks))
+        if not self._protection.is_online:
+            raise await self._protection.refuse()
 
     async def _join(
         self, blocks: Sequence[int], slots: Sequence[int], offset: int, length: int
@@ -218,6 +308,55 @@ class Writer:
                 if self._on_the_way.get(block) is batch:
                     del self._on_the_way[block]
             batch.done.set()
+
+    async def preserve_acknowledged(
+        self, blocks: Iterable[int], slots: dict[int, int], first: Record
+    ) -> Exception | None:
+        """For the buffer: preserve `blocks` where that is still needed, and take the slots used.
+
+        slots: block → slot reserved for it; a block without one (after an opening) gets one now.
+        Returns why the blocks must not be overwritten, None if they may be. first: for the fault.
+        """
+        core, batch = self._core, Batch()
+        blocks = list(blocks)
+        async with core.area_lock:
+            area = core.need_area()
+            needed = [b for b in blocks if core.points and b not in core.preserved]
+            without = [block for block in needed if block not in slots]
+            found = area.slots.reserve(len(without)) if without else []
+            if found is None:
+                # An opening that found less room than there was.
+                batch.error = self._room.full()
+                batch.error.block = without[0]
+                if core.config.on_full != "evict":
+                    self._protection.mark(batch.error, needed=len(without))
+            else:
+                self._take_slots(without, found, slots)
+                # A point may have been deleted meanwhile and with it the need for a copy.
+                self._drop_slots(set(blocks).difference(needed), slots)
+                batch.blocks, batch.slots = needed, [slots.pop(block) for block in needed]
+                if needed:
+                    await self._flush(batch, first.offset, first.length)
+                kept = area.slots.reserve(len(needed)) if batch.error is not None else None
+                if kept is not None:
+                    # They stay acknowledged, so they keep their place.
+                    self._take_slots(needed, kept, slots)
+        await self._settle(batch)
+        if core.points:
+            return batch.error
+        self._drop_slots(blocks, slots)
+        return None
+
+    def _take_slots(
+        self, blocks: Sequence[int], found: Sequence[int], slots: dict[int, int]
+    ) -> None:
+        slots.update(zip(blocks, found, strict=True))
+        self._room.promised.update(found)
+
+    def _drop_slots(self, blocks: Iterable[int], slots: dict[int, int]) -> None:
+        dropped = [slots.pop(block) for block in blocks if block in slots]
+        self._core.need_area().slots.release(dropped)
+        self._room.promised.difference_update(dropped)
 
     async def preserve_now(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Preserve `blocks` into reserved `slots` for a restore, with writes held. FaultError."""

@@ -1,0 +1,417 @@
+"""The write buffer: a write is answered when it lies in the ring, and carried out soon after.
+
+Owns what is acknowledged and not yet in the replica. Two tasks carry it out, each a whole batch at
+a time: one preserves what the batch will overwrite and makes that durable with one barrier, the
+other overwrites the replica and then releases the ring. So W2 costs no write its latency. Promises:
+
+* whatever a write may be refused for is found out before it is acknowledged: it has its slots,
+  there are no holes under it, and there is room in the ring;
+* a read of the replica shows acknowledged writes, in their order (`capture`, `lay_over`);
+* `drain` returns when all that was acknowledged before it is in the replica: flushes wait for it
+  (W4), and so do a new point, a restore and a shrink, with writes held;
+* an acknowledged write that cannot be carried out stays in the ring. The volume is offline then,
+  all flushes fail, and `online` carries it out first. So does the next opening, if this process
+  dies (W3). The superblock names the one ring that an opening may use;
+* records are released before anything newer can reach the replica beside the ring.
+
+A block is dealt with either here or by the group commit of `writer`, never by both at a time.
+Leaves the ring's layout to `ring`, copying to `writer`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ..backing import Bytes
+from ..config import DEFAULT_WRITE_BUFFER
+from ..errors import FaultCode, FaultError, FormatError
+from .core import Core, in_thread
+from .protection import Protection
+from .ring import NO_ID, Record, Ring, RingStore
+
+if TYPE_CHECKING:
+    from .writer import Writer
+
+#: Less than this cannot hold two of the longest writes (1 MiB).
+MIN_SIZE = 4 << 20
+#: Longer writes are preserved and written directly: they fill a barrier by themselves, and going
+#: through memory twice costs them more than waiting for it.
+LONGEST = 256 << 10
+_BATCH = 16 << 20
+
+
+class WriteBuffer:
+    """The write buffer of an open volume. Without a `store` there is none, and nothing is buffered.
+
+    size: of the ring, in bytes. `reason` says why there is no buffer, "" if there can be one.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        protection: Protection,
+        store: RingStore | None,
+        size: int = DEFAULT_WRITE_BUFFER,
+    ) -> None:
+        self._core = core
+        self._protection = protection
+        self._store = store
+        self._size = max(size, MIN_SIZE)
+        self.writer: Writer
+        self.ring: Ring | None = None
+        self.reason = "" if store is not None and size else "it is switched off"
+        #: Block → records that are not yet in the replica, oldest first.
+        self.pending: dict[int, list[Record]] = {}
+        #: Block → the slot reserved for its copy.
+        self.slots: dict[int, int] = {}
+        #: Why acknowledged writes cannot be carried out; None when they can.
+        self.stuck: Exception | None = None
+        self._to_preserve: deque[Record] = deque()
+        self._to_overwrite: deque[Record] = deque()
+        self._acknowledged = 0
+        self._released = 0
+        self._running = False
+        self._arrived = trio.Event()
+        self._preserved = trio.Event()
+        self._freed = trio.Event()
+        self._starting = trio.Lock()
+        self._preserving = trio.Lock()
+        self._overwriting = trio.Lock()
+
+    # -- the ring -------------------------------------------------------------------------------
+
+    @property
+    def boot(self) -> bytes:
+        """The life of the machine, as the superblock records it."""
+        return self._store.boot if self._store is not None else NO_ID
+
+    @property
+    def is_open(self) -> bool:
+        """Whether writes can be acknowledged by it (perhaps after `start`)."""
+        return not self.reason and self._running
+
+    async def start(self) -> None:
+        """Make a ring, and let the superblock name it before anything relies on it.
+
+        Without a place for it there is no buffer, and the volume says so. FaultError 13, 14, 15.
+        """
+        async with self._starting:
+            core, store = self._core, self._store
+            if self.ring is not None or self.reason or store is None:
+                return
+            try:
+                ring = await in_thread(store.make, self._size, core.volume_id)
+            except OSError as error:
+                self._give_up(f"no shared memory for it: {error.strerror or error}")
+                return
+            try:
+                async with core.area_lock:
+                    await core.commit(ring=ring.ring_id)
+            except FaultError:
+                ring.close()  # Perhaps it is named all the same. The next opening knows.
+                raise
+            self.ring = ring
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        text = f"writes wait for their copies, there is no write buffer: {reason}"
+        self._core.log.log("vsnapfs", 1091, volume=self._core.name, reason=text)
+
+    async def adopt(self) -> None:
+        """After opening: take over what another process has acknowledged and not carried out.
+
+        An Error event says so if that is lost though the machine has been up all the time.
+        """
+        core, store, area = self._core, self._store, self._core.area
+        if area is None or store is None:
+            return
+        named, problem = area.superblock.ring, "it is gone"
+        if area.superblock.boot != store.boot:
+            # The machine has been down since: nothing but what was flushed was promised.
+            named = NO_ID
+        if not core.dry_run:
+            await in_thread(store.keep_only, named, core.volume_id)
+        if named == NO_ID:
+            return
+        try:
+            self.ring = await in_thread(store.find, named, core.volume_id)
+        except (FormatError, OSError) as error:
+            problem = str(error)
+        if self.ring is None:
+            core.log.log("vsnapfs", 1043, volume=core.name, reason=problem)
+            return
+        for record in self.ring.records():
+            if record.offset + record.length > core.size:
+                core.log.log("vsnapfs", 1043, volume=core.name, reason="it is another replica's")
+                break
+            self._enter(record)
+
+    async def finish(self) -> bool:
+        """Before a clean close: carry everything out. True if nothing is left, nor can be."""
+        if self.ring is None:
+            return True
+        try:
+            await self.drain()
+        except OSError as error:
+            self._core.log.log(
+                "vsnapfs",
+                1044,
+                volume=self._core.name,
+                count=len(self._to_preserve) + len(self._to_overwrite),
+                reason=error.strerror or str(error),
+            )
+            return False
+        return True
+
+    def remove(self) -> None:
+        """In a worker thread: the superblock names no ring any more."""
+        if self.ring is not None and self._store is not None and not self._core.dry_run:
+            self._store.keep_only(NO_ID, self._core.volume_id)
+
+    async def give_up(self) -> None:
+        """The diff area that named the ring, if any, is lost and not known: so is the ring."""
+        core, store = self._core, self._store
+        if self.ring is not None or store is None:
+            return
+        if await in_thread(store.keep_only, NO_ID, core.volume_id):
+            reason = "the diff area that named it is given up"
+            core.log.log("vsnapfs", 1043, volume=core.name, reason=reason)
+
+    def close(self) -> None:
+        """Give the memory back; the ring stays for the next opening unless it was removed."""
+        ring, self.ring = self.ring, None
+        if ring is not None:
+            ring.close()
+
+    # -- for writers: no await in any of these --------------------------------------------------
+
+    def touches(self, first: int, last: int) -> bool:
+        """Whether something acknowledged for these blocks is not yet in the replica."""
+        pending = self.pending
+        return bool(pending) and any(block in pending for block in range(first, last + 1))
+
+    def append(self, offset: int, data: Bytes) -> bool:
+        """Acknowledge a write. False if the ring is full."""
+        assert self.ring is not None
+        record = self.ring.append(offset, data)
+        if record is None:
+            return False
+        self._enter(record)
+        self._arrived.set()
+        return True
+
+    def _enter(self, record: Record) -> None:
+        self._acknowledged += 1
+        self._to_preserve.append(record)
+        pending = self.pending
+        for block in self._blocks(record):
+            known = pending.get(block)
+            if known is None:
+                pending[block] = [record]
+            else:
+                known.append(record)
+
+    def _blocks(self, record: Record) -> range:
+        size = self._core.block_size
+        return range(record.offset // size, (record.offset + record.length - 1) // size + 1)
+
+    async def room(self) -> None:
+        """Return when something was released, or nothing will be for now (look again)."""
+        if self.stuck is None and self.pending:
+            await self._freed.wait()
+
+    # -- for readers ------------------------------------------------------------------------------
+
+    def capture(self, offset: int, length: int) -> list[tuple[int, bytes]]:
+        """(start within the range, bytes) of all that is not yet in the replica, oldest first."""
+        size, pending = self._core.block_size, self.pending
+        found: dict[int, Record] = {}
+        for block in range(offset // size, (offset + length - 1) // size + 1):
+            for record in pending.get(block, ()):
+                found[record.sequence] = record
+        parts = []
+        for sequence in sorted(found):
+            record = found[sequence]
+            start, end = (
+                max(offset, record.offset),
+                min(offset + length, record.offset + record.length),
+            )
+            if start < end:
+                assert self.ring is not None
+                data = self.ring.data(record)
+                inside = data[start - record.offset : end - record.offset]
+                parts.append((start - offset, bytes(inside)))
+        return parts
+
+    # -- for whoever needs the replica as it was acknowledged -----------------------------------
+
+    async def drain(self) -> None:
+        """Return when all that was acknowledged before the call is in the replica.
+
+        OSError if that cannot be: the volume is offline then.
+        """
+        wanted = self._acknowledged
+        while self._released < wanted:
+            if self.stuck is not None:
+                text = f"acknowledged writes could not be carried out: {self.stuck}"
+                raise OSError(getattr(self.stuck, "errno", None) or errno.EIO, text)
+            if self._running:
+                await self._freed.wait()
+            else:
+                await self._step()
+
+    async def try_again(self) -> None:
+        """`online`, or an opening: carry out what is left, before anything else. OSError."""
+        self.stuck = None
+        wanted = self._acknowledged
+        with trio.CancelScope(shield=True):
+            while self._released < wanted and self.stuck is None:
+                await self._step()
+        await self.drain()
+
+    def forget_slots(self) -> None:
+        """Another diff area has taken the place of the one in which slots were reserved."""
+        self.slots.clear()
+
+    # -- carrying out -----------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Carry out what arrives, until cancelled."""
+        self._running = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._go_on_preserving)
+                nursery.start_soon(self._go_on_overwriting)
+                task_status.started()
+        finally:
+            self._running = False
+            self._wake()  # Who waits now goes on by itself.
+
+    async def _go_on_preserving(self) -> None:
+        while True:
+            if self._to_preserve and self.stuck is None:
+                await self._preserve()
+            else:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+
+    async def _go_on_overwriting(self) -> None:
+        while True:
+            if self._to_overwrite and self.stuck is None:
+                await self._overwrite()
+            else:
+                self._preserved = trio.Event()
+                await self._preserved.wait()
+
+    async def _step(self) -> None:
+        await self._preserve()
+        await self._overwrite()
+
+    def _wake(self) -> None:
+        self._freed.set()
+        self._freed = trio.Event()
+
+    def _get_stuck(self, error: Exception) -> None:
+        self.stuck = error
+        self._wake()
+
+    async def _preserve(self) -> None:
+        """Preserve what the oldest records will overwrite. Cancelled only between two batches."""
+        with trio.CancelScope(shield=True):
+            async with self._preserving:
+                records: list[Record] = []
+                size = 0
+                for record in self._to_preserve:
+                    records.append(record)
+                    size += record.length
+                    if size >= _BATCH:
+                        break
+                if not records or self.stuck is not None:
+                    return
+                error = await self.writer.preserve_acknowledged(
+                    dict.fromkeys(b for record in records for b in self._blocks(record)),
+                    self.slots,
+                    records[0],
+                )
+                if error is not None:
+                    self._get_stuck(error)
+                    return
+                for record in records:
+                    self._to_preserve.popleft()
+                    self._to_overwrite.append(record)
+                self._preserved.set()
+
+    async def _overwrite(self) -> None:
+        """Carry out all records whose blocks are preserved."""
+        with trio.CancelScope(shield=True):
+            async with self._overwriting:
+                records = list(self._to_overwrite)
+                if not records or self.stuck is not None:
+                    return
+                try:
+                    await in_thread(self._write, records)
+                except OSError as error:
+                    self._get_stuck(error)
+                    await self._failed(error)
+                    return
+                self._release(records)
+
+    def _write(self, records: list[Record]) -> None:
+        core, ring = self._core, self.ring
+        assert ring is not None
+        if core.replica_failed:
+            raise OSError(errno.EIO, "an earlier sync of the replica failed")
+        for record in records:
+            with ring.data(record) as data:
+                core.replica.write(record.offset, data)
+
+    async def _failed(self, error: OSError) -> None:
+        """There is nobody left to refuse: it is a fault, as a flush that fails is."""
+        reason = error.strerror or os.strerror(error.errno or errno.EIO)
+        text = f"an acknowledged write could not be carried out: {reason}"
+        await self._protection.trip(
+            FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
+        )
+
+    def _release(self, records: list[Record]) -> None:
+        assert self.ring is not None
+        if not self._core.dry_run:
+            # First of all: from here on a newer write may go to the replica beside the ring.
+            self.ring.release(records[-1])
+        pending = self.pending
+        for record in records:
+            self._to_overwrite.popleft()
+            for block in self._blocks(record):
+                waiting = pending[block]
+                if len(waiting) == 1:
+                    del pending[block]
+                else:
+                    waiting.pop(0)
+        self._released += len(records)
+        self._wake()
+        if self._store is not None and not self.reason and not self._store.is_there(self.ring):
+            self._give_up("its file has been removed")
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready; sizes in bytes."""
+        ring = self.ring
+        return {
+            "state": "off" if self.reason else "stuck" if self.stuck else "on",
+            "reason": self.reason or (str(self.stuck) if self.stuck else None),
+            "size": ring.capacity if ring else None,
+            "used": ring.used if ring else 0,
+            "writes": len(self._to_preserve) + len(self._to_overwrite),
+        }
+
+
+def lay_over(data: Bytes, parts: list[tuple[int, bytes]]) -> Bytes:
+    """`data` with what `WriteBuffer.capture` returned over it."""
+    whole = data if isinstance(data, bytearray) else bytearray(data)
+    for start, part in parts:
+        whole[start : start + len(part)] = part
+    return whole
