@@ -1,0 +1,549 @@
+"""The rules of the write buffer's ring: which one counts, and what if it cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from rig import (
+    BLOCK,
+    SMALLEST,
+    Rig,
+    acknowledged,
+    attempt,
+    flush,
+    pattern,
+    read_points,
+    small_steps,
+)
+from rig import write as write_at
+from simdisk import FOREVER, PowerLoss
+
+from vsnapfs.backing import file_system_type
+from vsnapfs.errors import FormatError, VsnapError
+from vsnapfs.volume import Volume
+from vsnapfs.volume.ring import NO_ID, RECORDS, Ring, SharedMemory
+
+SIZE = 8 * BLOCK
+OLD, NEW = pattern(1, SIZE), pattern(2, BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def _small() -> Iterator[None]:
+    with small_steps():
+        yield
+
+
+def made(**options: object) -> Rig:
+    """A volume of which all is written, with one recovery point."""
+    rig = Rig(**{"size": SIZE, "buffer": 64 * 1024, **options})  # type: ignore[arg-type]
+
+    async def begin(volume: Volume) -> None:
+        await write_at(volume, 0, OLD)
+        await volume.create_point()
+
+    rig.run(begin)
+    return rig
+
+
+async def write_new(volume: Volume) -> None:
+    """Acknowledged; the caller ends before it is carried out."""
+    await write_at(volume, 0, NEW)
+    assert volume.buffer.pending
+
+
+async def look(volume: Volume) -> None:
+    assert (await read_points(volume))[1] == OLD
+    volume.check_invariants()
+
+
+def left_by_a_kill(**options: object) -> Rig:
+    """A volume whose process died with an acknowledged write in the ring."""
+    rig = made(**options)
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    assert len(rig.host.memory) == 1
+    rig.log.events.clear()
+    return rig
+
+
+def content(rig: Rig) -> bytes:
+    async def read(volume: Volume) -> bytes:
+        return acknowledged(rig, volume)
+
+    return rig.run(read)
+
+
+def lost(rig: Rig) -> int:
+    """How often the log says that acknowledged writes are lost."""
+    return rig.log.ids("vsnapfs").count(1043)
+
+
+# -- which ring counts ----------------------------------------------------------------------------
+
+
+def test_an_opening_carries_out_what_was_acknowledged() -> None:
+    """After a kill the write is there, and the point still holds what was there before."""
+    rig = left_by_a_kill()
+    assert content(rig) == NEW + OLD[BLOCK:]
+    rig.run(look)
+    rig.close()
+    assert not rig.host.memory
+    assert lost(rig) == 0
+
+
+def test_a_ring_of_another_boot_is_not_used() -> None:
+    """After a power failure nothing of it may be applied, and nobody is alarmed."""
+    rig = left_by_a_kill()
+    memory = rig.host.memory
+    rig.crashed()
+    rig.host.memory = memory  # A tmpfs that was saved and put back, say.
+    assert content(rig) == OLD
+    assert lost(rig) == 0
+    assert not rig.host.memory
+
+
+def test_a_missing_ring_is_an_error_event() -> None:
+    """Gone in the same boot: what was acknowledged is lost, and the log says so; points are not."""
+    rig = left_by_a_kill()
+    rig.host.memory.clear()
+    assert content(rig) == OLD
+    assert lost(rig) == 1
+    rig.run(look)
+    rig.close()
+    rig.run(look)
+    assert lost(rig) == 1
+
+
+@pytest.mark.parametrize("place", [0, 8, 40, 56])
+def test_a_ring_with_a_bad_head_is_an_error_event(place: int) -> None:
+    """A flipped bit in what says whose ring it is."""
+    rig = left_by_a_kill()
+    (memory,) = rig.host.memory.values()
+    memory[place] ^= 1
+    assert content(rig) == OLD
+    assert lost(rig) == 1
+
+
+@pytest.mark.parametrize("place", [RECORDS, RECORDS + 30, RECORDS + 64, RECORDS + 64 + BLOCK - 1])
+def test_a_torn_record_is_not_applied(place: int) -> None:
+    """A record whose head or data is not whole was never acknowledged."""
+    rig = left_by_a_kill()
+    (memory,) = rig.host.memory.values()
+    memory[place] ^= 1
+    assert content(rig) == OLD
+    rig.run(look)
+
+
+def test_the_ring_of_another_volume_is_not_used() -> None:
+    """One that has been given our ring's name."""
+    rig = left_by_a_kill()
+    ((name, memory),) = rig.host.memory.items()
+    memory[:] = bytes(len(memory))
+    other = Ring.make(memory, name, b"another volume!!")
+    other.append(0, b"x" * 100)
+    assert content(rig) == OLD
+    assert lost(rig) == 1
+
+
+def test_a_stale_ring_of_the_same_volume_and_boot_is_not_used() -> None:
+    """Put back after the volume was closed: what it holds was carried out long ago."""
+    rig = left_by_a_kill()
+    kept = {name: bytearray(memory) for name, memory in rig.host.memory.items()}
+    rig.run(look)
+
+    async def write_newer(volume: Volume) -> None:
+        await write_at(volume, 0, OLD[:BLOCK])
+
+    rig.run(write_newer)
+    rig.close()
+    rig.host.memory.update(kept)
+    assert content(rig) == OLD
+    assert not rig.host.memory
+
+
+def test_records_released_before_are_never_found_again() -> None:
+    """However often the ring has gone round, and whatever still lies in its memory."""
+    memory = bytearray(RECORDS + 8192)
+    ring = Ring.make(memory, b"r" * 16, b"v" * 16)
+    for number in range(1, 60):
+        record = ring.append(number, bytes([number]) * (number * 37 % 3000))
+        assert record is not None
+        if number % 3 == 0:
+            again = Ring.found(memory, b"r" * 16, b"v" * 16)
+            found = [(r.offset, bytes(again.data(r))) for r in again.records()]
+            assert found == [(number, bytes([number]) * (number * 37 % 3000))]
+            assert again.used == ring.used
+        ring.release(record)
+        assert list(Ring.found(memory, b"r" * 16, b"v" * 16).records()) == []
+
+
+def test_a_full_ring_refuses_and_takes_again_after_a_release() -> None:
+    """No record is overwritten before it is released."""
+    memory = bytearray(RECORDS + 4096)
+    ring = Ring.make(memory, b"r" * 16, b"v" * 16)
+    records = []
+    while (record := ring.append(len(records), bytes(500))) is not None:
+        records.append(record)
+    assert len(records) == 4096 // 576
+    assert [r.offset for r in Ring.found(memory, b"r" * 16, b"v" * 16).records()] == list(
+        range(len(records))
+    )
+    ring.release(records[0])
+    assert ring.append(99, bytes(500)) is not None
+
+
+# -- where it lives -------------------------------------------------------------------------------
+
+
+def test_without_room_in_shared_memory_writes_wait_for_their_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full tmpfs: said in the log and the status, and the write goes through all the same."""
+    rig = made()
+    monkeypatch.setattr("simdisk.SimStore.make", _no_room)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        assert not volume.buffer.pending
+        status = volume.status()["write_buffer"]
+        assert status["state"] == "off"
+        assert "No space left" in status["reason"]
+
+    rig.run(go)
+    assert rig.log.ids("vsnapfs").count(1091) == 1
+    assert content(rig) == NEW + OLD[BLOCK:]
+    rig.run(look)
+
+
+def _no_room(*_args: object) -> Ring:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_ring_that_is_removed_in_use_is_not_relied_on_any_more() -> None:
+    """What it held is carried out; later writes wait for their copies."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        rig.host.memory.clear()
+        await flush(volume)
+        assert volume.status()["write_buffer"]["state"] == "off"
+        await write_at(volume, BLOCK, NEW)
+        assert not volume.buffer.pending
+
+    rig.run(go)
+    rig.killed()
+    assert content(rig) == NEW + NEW + OLD[2 * BLOCK :]
+
+
+def test_a_real_ring_is_private_whole_and_found_again(tmp_path: Path) -> None:
+    """On tmpfs: 0600, all of it allocated, found by its name, gone when removed."""
+    directory = Path("/dev/shm")
+    if file_system_type(directory) != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs")
+    store, volume_id = SharedMemory((tmp_path, directory)), os.urandom(16)
+    ring = store.make(1 << 20, volume_id)
+    (path,) = directory.glob(f"vsnapfs-{volume_id.hex()}-*")
+    try:
+        info = path.stat()
+        assert info.st_mode & 0o777 == 0o600
+        assert info.st_blocks * 512 >= 1 << 20
+        record = ring.append(5, b"hello")
+        assert record is not None
+        assert store.is_there(ring)
+        found = store.find(ring.ring_id, volume_id)
+        assert found is not None
+        assert [bytes(found.data(r)) for r in found.records()] == [b"hello"]
+        found.close()
+        path.chmod(0o644)
+        with pytest.raises(FormatError):
+            store.find(ring.ring_id, volume_id)
+        path.chmod(0o600)
+        os.link(path, f"{path}-twin")
+        with pytest.raises(FormatError):
+            store.find(ring.ring_id, volume_id)
+        assert store.keep_only(ring.ring_id, volume_id) == 1
+        assert store.find(os.urandom(16), volume_id) is None
+    finally:
+        ring.close()
+        assert store.keep_only(NO_ID, volume_id) == 1
+    assert not list(directory.glob(f"vsnapfs-{volume_id.hex()}-*"))
+
+
+def test_a_link_in_the_place_of_a_ring_is_not_followed(tmp_path: Path) -> None:
+    """Whoever can write to shared memory cannot make us write elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(1 << 20))
+    volume_id, ring_id = os.urandom(16), os.urandom(16)
+    (tmp_path / f"vsnapfs-{volume_id.hex()}-{ring_id.hex()}").symlink_to(victim)
+    with pytest.raises(OSError) as caught:
+        SharedMemory((tmp_path,)).find(ring_id, volume_id)
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
+    """Only memory: on a disk each acknowledged write would be written twice."""
+    if file_system_type(tmp_path) in ("tmpfs", "ramfs"):
+        pytest.skip("the test's own directory is in memory")
+    with pytest.raises(OSError) as caught:
+        SharedMemory((tmp_path,)).make(mmap.PAGESIZE * 16, b"v" * 16)
+    assert caught.value.errno == errno.ENOENT
+
+
+# -- what cannot be carried out -------------------------------------------------------------------
+
+
+def stuck() -> Rig:
+    """A volume that could not carry out an acknowledged write: its copy cannot be made durable."""
+    rig = made()
+    rig.host.fail("area", "sync", errno.EIO, nth=3, times=FOREVER)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        error = await attempt(flush(volume))
+        assert error is not None
+        assert error.errno == errno.ENODEV
+        assert not volume.protection.is_online
+
+    rig.run(go)
+    assert 86 in rig.log.ids()
+    assert rig.log.flush_failures == 1
+    return rig
+
+
+def test_online_carries_out_first_what_was_acknowledged() -> None:
+    """The write stays in the ring, reads are refused, `online` applies it before anything else."""
+    rig = stuck()
+    assert content(rig) == NEW + OLD[BLOCK:]
+    rig.host.failures.clear()
+
+    async def back(volume: Volume) -> None:
+        await volume.online()
+        assert not volume.buffer.pending
+        await flush(volume)
+        await look(volume)
+
+    rig.run(back)
+    rig.crashed()
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_online_is_refused_while_it_still_cannot_be_carried_out() -> None:
+    """As long as the cause is there, nothing of it is lost."""
+    rig = stuck()
+
+    async def back(volume: Volume) -> None:
+        error = await attempt(volume.online())
+        assert isinstance(error, VsnapError)
+        assert volume.buffer.pending
+        await look(volume)
+
+    rig.run(back)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_a_stuck_write_survives_closing_and_a_kill() -> None:
+    """The ring stays where it is, the log says so, and the way out still leads out."""
+    rig = stuck()
+    rig.close()
+    assert len(rig.host.memory) == 1
+    assert 1044 in rig.log.ids("vsnapfs")
+    rig.host.failures.clear()
+    rig.run(look)
+    rig.killed()
+
+    async def back(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        await volume.online()
+        await look(volume)
+
+    rig.run(back)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_no_point_no_restore_no_shrink_with_a_ring_that_is_not_empty() -> None:
+    """All three would work on a replica that lacks an acknowledged write."""
+    rig = stuck()
+
+    async def go(volume: Volume) -> None:
+        volume.protection.is_online = True  # As if the fault had come a moment later.
+        for work in (volume.create_point(), volume.restore(1), volume.resize(SMALLEST)):
+            error = await attempt(work)
+            assert error is not None
+        volume.protection.is_online = False
+        await look(volume)
+
+    rig.run(go)
+
+
+def test_giving_up_the_points_keeps_what_was_acknowledged() -> None:
+    """The new diff area names the same ring; without points nothing needs a copy."""
+    rig = stuck()
+    rig.host.failures.clear()
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        assert not volume.points
+        volume.check_invariants()
+
+    rig.run(give_up)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_a_replica_that_cannot_be_written_takes_the_volume_offline() -> None:
+    """Nobody is left to refuse: fault 13; the write waits in the ring for `online`."""
+    rig = made()
+    rig.host.fail("replica", "write", errno.EIO, times=FOREVER)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        assert (await attempt(flush(volume))) is not None
+        assert volume.protection.fault is not None
+        assert int(volume.protection.fault.code) == 13
+        rig.host.failures.clear()
+        await volume.online()
+        await look(volume)
+
+    rig.run(go)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_evict_gives_up_the_points_and_keeps_the_write() -> None:
+    """Policy evict: a copy that fails costs the points, never an acknowledged write."""
+    rig = made(on_full="evict")
+    rig.host.fail("area", "sync", errno.EIO, nth=3, times=FOREVER)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        await flush(volume)
+        assert not volume.points
+        assert volume.protection.is_online
+        volume.check_invariants()
+
+    rig.run(go)
+    assert 14 in rig.log.ids()
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_full_is_answered_to_its_own_writer() -> None:
+    """W1: what does not fit is refused before it is acknowledged; what fitted is carried out."""
+    rig = made(maximum=SMALLEST, size=40 * BLOCK)
+
+    async def go(volume: Volume) -> None:
+        refused = None
+        done = 0
+        while refused is None:
+            refused = await attempt(write_at(volume, done * BLOCK, pattern(100 + done, BLOCK)))
+            done += refused is None
+        assert refused.errno == errno.ENODEV
+        assert done == 32
+        await volume.buffer.drain()
+        found = acknowledged(rig, volume)
+        assert not volume.buffer.pending
+        for block in range(done):
+            assert found[block * BLOCK : (block + 1) * BLOCK] == pattern(100 + block, BLOCK)
+        assert found[done * BLOCK : (done + 1) * BLOCK] == bytes(BLOCK)
+        await read_points(volume)
+
+    rig.run(go)
+    assert 87 in rig.log.ids()
+
+
+def test_readers_and_flushes_are_not_starved_by_writers() -> None:
+    """Under writers that never stop, a read and a flush are answered within a few rounds."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        answered: list[str] = []
+
+        async def keep_writing() -> None:
+            number = 0
+            while len(answered) < 2:
+                number += 1
+                await write_at(volume, number % 8 * BLOCK, pattern(number, 600))
+                await trio.lowlevel.checkpoint()
+                assert number < 3000, answered
+
+        async def read() -> None:
+            handle = volume.open_replica()
+            await handle.read(0, SIZE)
+            answered.append("read")
+
+        async def flushed() -> None:
+            await flush(volume)
+            answered.append("flush")
+
+        async with trio.open_nursery() as nursery:
+            for work in (keep_writing, keep_writing, read, flushed):
+                nursery.start_soon(work)
+
+    rig.run(go)
+
+
+# -- durability "process" -------------------------------------------------------------------------
+
+
+def test_durability_process_survives_a_kill() -> None:
+    """Nothing is synced, and nothing needs to be: the host's cache outlives us."""
+    rig = made(durability="process")
+    before = rig.host.counts["area", "sync"]
+
+    async def go(volume: Volume) -> None:
+        for block in range(8):
+            await write_at(volume, block * BLOCK, NEW)
+        await volume.buffer.drain()
+        await write_at(volume, 0, OLD[:BLOCK])
+
+    rig.run(go)
+    assert rig.host.counts["area", "sync"] - before <= 2  # The commit that names the ring.
+    rig.killed()
+    assert content(rig) == OLD[:BLOCK] + NEW * 7
+    rig.run(look)
+    assert 1045 not in rig.log.ids("vsnapfs")
+
+
+def test_after_a_power_failure_with_durability_process_points_are_suspect() -> None:
+    """The log and the status say so until the last of these points is gone; new ones are not."""
+    rig = made(durability="process")
+    rig.run(write_new)
+    rig.crashed()
+
+    async def status(volume: Volume) -> tuple[int, int]:
+        found = volume.status()
+        assert found["durability"] == "process"
+        return found["suspect_points"], found["recovery_points"]
+
+    async def create(volume: Volume) -> None:
+        await volume.create_point()
+
+    assert rig.run(status) == (1, 1)
+    assert rig.log.ids("vsnapfs").count(1045) == 1
+    rig.run(create)
+    rig.close()
+    assert rig.run(status) == (1, 2)
+    rig.close()
+    assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
+def test_a_clean_close_makes_all_of_it_durable() -> None:
+    """After it a power failure spoils nothing, whatever the durability was."""
+    rig = made(durability="process")
+    rig.run(write_new)
+    rig.close()
+    rig.crashed()
+    rig.run(look)
+    assert content(rig) == NEW + OLD[BLOCK:]
+    assert 1045 not in rig.log.ids("vsnapfs")
