@@ -209,6 +209,12 @@ class Play:
         self._answered(during, after, sure=bool(gone))
         return errors
 
+    async def carry_out(self) -> None:
+        """What was acknowledged is carried out: nothing that anybody sees changes by that."""
+        before = self._same()
+        assert await self._during(self.volume.buffer.drain) is None
+        self._answered(before, before)
+
     async def flush(self) -> BaseException | None:
         """Flush through a handle."""
         before = self._same()

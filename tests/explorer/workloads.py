@@ -119,6 +119,14 @@ async def kill(play: Play) -> bool:
     return True
 
 
+async def carry_out(play: Play) -> bool:
+    """What lies in the write buffer goes to the replica."""
+    if not play.volume.buffer.pending:
+        return False
+    await play.carry_out()
+    return True
+
+
 async def write_fails(play: Play) -> bool:
     """A write whose next sync of the diff area fails."""
     if not play.is_online:
@@ -224,6 +232,18 @@ async def fill(play: Play) -> bool:
     return True
 
 
+def _direct(operation: Operation) -> Operation:
+    """Only without a write buffer: what fails after it was acknowledged refuses nobody.
+
+    (`t2_failures` has those failures.)
+    """
+
+    async def only_direct(play: Play) -> bool:
+        return not play.rig.buffer and await operation(play)
+
+    return only_direct
+
+
 ALPHABET: dict[str, Operation] = {
     "A": write_a,
     "AB": write_ab,
@@ -240,10 +260,11 @@ ALPHABET: dict[str, Operation] = {
     "online": online,
     "reopen": reopen,
     "create-while-writing": create_while_writing,
-    "AB-fails": write_fails,
-    "AB-dies": write_dies,
-    "create-fails": create_fails,
-    "flush-fails": flush_fails,
+    "carry-out": carry_out,
+    "AB-fails": _direct(write_fails),
+    "AB-dies": _direct(write_dies),
+    "create-fails": _direct(create_fails),
+    "flush-fails": _direct(flush_fails),
 }
 #: Of these, sequences of four.
 CORE = (
@@ -257,6 +278,7 @@ CORE = (
     "restore",
     "reopen",
     "online",
+    "carry-out",
 )
 #: Only in random workloads and to begin with.
 MORE: dict[str, Operation] = {
@@ -264,8 +286,8 @@ MORE: dict[str, Operation] = {
     "fill": fill,
     "all": write_all,
     "most": write_most,
-    "all-fails": all_fails,
-    "restore-fails": restore_fails,
+    "all-fails": _direct(all_fails),
+    "restore-fails": _direct(restore_fails),
     "grow-a-group": grow_a_group,
 }
 OPERATIONS = ALPHABET | MORE
@@ -275,7 +297,7 @@ OPERATIONS = ALPHABET | MORE
 class Beginning:
     """A volume that sequences start with: what was done with it before it was closed cleanly.
 
-    device: the diff area is a block device of so many bytes.
+    device: the diff area is a block device of so many bytes. buffer: bytes of the write buffer.
     """
 
     done: tuple[str, ...]
@@ -283,6 +305,7 @@ class Beginning:
     on_full: str = "offline"
     size: int = SIZE
     device: int = 0
+    buffer: int = 0
 
 
 def _rounds(count: int, *then: str) -> tuple[str, ...]:
@@ -309,6 +332,8 @@ BEGINNINGS: dict[str, Beginning] = {
         maximum=_LAYOUT.size_of(SLOTS_PER_GROUP),
         device=_LAYOUT.size_of(SLOTS_PER_GROUP + SLOTS_BEFORE_TWIN) + BLOCK,
     ),
+    # Writes are acknowledged in a write buffer, and carried out while the next operations run.
+    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=64 * 1024),
 }
 
 
