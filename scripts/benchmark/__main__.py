@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -36,7 +37,7 @@ console = Console(stderr=True)
 @click.option("--all", "everything", is_flag=True, help="The full cross of cells: many hours.")
 @click.option("--cells", metavar="NAME,...", help="Only cells whose name contains one of these.")
 @click.option("--systems", metavar="NAME,...", help="Only these systems.")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds. [default: 3; --quick 1]")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds. [default: 5; --quick 1]")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
@@ -45,7 +46,7 @@ console = Console(stderr=True)
 @click.option(
     "--directory",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    default=Path("/var/tmp"),
+    default=Path("/var/tmp"),  # noqa: S108 - on a disk, unlike /tmp often
     show_default=True,
     help="Where the images lie while it runs: the disk that is measured.",
 )
@@ -73,7 +74,7 @@ def main(
     list_only: bool,
     render: Path | None,
 ) -> None:
-    """vsnapfs beside its peers: one run, one file system, systems alternating; fio measures.
+    """Measure vsnapfs beside its peers: one run, one file system, systems alternating.
 
     Needs root for loop devices and for dropping the page cache; without it the ext4 cells fail and
     only the images' own pages are dropped, and the report says so. Let the machine be idle.
@@ -94,11 +95,16 @@ def main(
     if output is None and not (quick or cells or systems):
         output = RESULTS
     plan = Plan(
-        chosen, picked, rounds or (1 if quick else 3), minutes or (1e9 if everything else 58)
+        chosen, picked, rounds or (1 if quick else 5), minutes or (1e9 if everything else 58)
     )
-    data = _measure(plan, directory)
+    try:
+        data = _measure(plan, directory.resolve())
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing is left behind.")
+        sys.exit(130)
     data["quick"] = quick
-    report.show(data, Console())
+    out = Console()
+    report.show(data, out if out.is_terminal else Console(width=120))
     if output is not None:
         report.write(data, output)
         console.print(f"Written to {output}", highlight=False)
@@ -107,12 +113,16 @@ def main(
 
 
 def _measure(plan: Plan, directory: Path) -> dict[str, Any]:
-    directory = directory.resolve()
     for stale in machine.remove_stale(directory):
         console.print(f"Removed what a killed run had left: {stale}", highlight=False)
     facts = environment.describe(directory)
     if facts["file_system"].startswith("tmpfs"):
         console.print("[yellow]Note:[/] this is a tmpfs: syncing costs nothing there")
+    sizes = {(cell.on_ext4, cell.image_size) for cell in plan.cells}
+    # Two images for each ext4, and beside the largest a diff area or overlay that may outgrow it.
+    needed = sum(size * (1 + ext4) for ext4, size in sizes) + 2 * max(size for _, size in sizes)
+    if shutil.disk_usage(directory).free < needed:
+        raise click.ClickException(f"{directory} has not the {needed >> 20} MiB that this takes")
     with _terminated_like_interrupted(), machine.work_directory(directory) as work, _bar() as told:
         outcome = carry_out(plan, work, told)
     return {
@@ -143,7 +153,7 @@ def _chosen_systems(names: str | None, *, quick: bool) -> list[System]:
     wanted = {name.strip() for name in names.split(",") if name.strip()}
     unknown = wanted - {system.name for system in SYSTEMS}
     if unknown:
-        raise click.UsageError(f"no system is called {sorted(unknown)[0]!r}; --list shows them")
+        raise click.UsageError(f"no system is called {min(unknown)!r}; --list shows them")
     return [system for system in SYSTEMS if system.name in wanted]
 
 
@@ -164,7 +174,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    both = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in both}
     try:
         yield
     finally:
@@ -206,7 +217,4 @@ def _bar() -> Iterator[Report]:
 
 
 if __name__ == "__main__":
-    try:
-        main(prog_name="scripts/bench", standalone_mode=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main(prog_name="scripts/bench")

@@ -5,7 +5,11 @@ STATE-PATTERN-BLOCK-qdDEPTH[-fsync][-warm|-cold], so that a name is all that a r
 
 States (`State`):
   copied   every block was preserved already; writes overwrite, reads read the replica
-  first    a fresh recovery point; every block is written once, in random order unless sequential
+  first    a fresh recovery point; each write goes where nothing was written since: one to each
+           64 KiB, the largest unit in which any of the systems copies, in random order; a whole
+           pass over the image if it is sequential
+  once     a fresh recovery point; each of the cell's blocks is written once, in random order, so
+           that of those smaller than the system's unit of copying only some are a first touch
   point    reading a recovery point, half of whose content was preserved since, 1 point deep
   point100 the same half, but preserved in 100 epochs: the oldest of 100 points is read
   cached   buffered re-read of the recovery point of `point`
@@ -26,9 +30,10 @@ from typing import Literal
 KIB = 1 << 10
 MIB = 1 << 20
 
-State = Literal["copied", "first", "point", "point100", "cached", "ext4", "ext4copied"]
+State = Literal["copied", "first", "once", "point", "point100", "cached", "ext4", "ext4copied"]
 Pattern = Literal["randwrite", "randread", "write", "read", "randrw"]
 
+REGION = 64 * KIB  # what QEMU and nbdkit copy at once; four blocks of vsnapfs as it is created
 MIXED_READS = 70  # percent of reads in randrw
 
 
@@ -36,8 +41,9 @@ MIXED_READS = 70  # percent of reads in randrw
 class Cell:
     """One measurement. Sizes in bytes; depth: requests in flight.
 
-    span: bytes of the file that are touched. seconds: how long, over and over; None: each block of
-    the span once. sync: an fsync after every write.
+    span: bytes of the file that are used. seconds: how long, over and over; None: one pass, in
+    which each block of the span, or one in each region of it (`scattered`), has its turn once.
+    sync: an fsync after every write.
     """
 
     state: State
@@ -75,6 +81,16 @@ class Cell:
         return 100 if self.state == "point100" else 1
 
     @property
+    def scattered(self) -> bool:
+        """Whether a pass is one block in each REGION of the span, and not every block."""
+        return self.state == "first" and self.pattern == "randwrite" and self.block < REGION
+
+    @property
+    def requests(self) -> int:
+        """How many requests one pass is."""
+        return self.span // (REGION if self.scattered else self.block)
+
+    @property
     def on_ext4(self) -> bool:
         """Whether fio runs on a file in an ext4 on a loop device."""
         return self.state in {"ext4", "ext4copied"}
@@ -109,12 +125,12 @@ def block_name(block: int) -> str:
 
 
 def _span(state: State, block: int) -> int:
-    """Enough for more than a second on a fast system, little enough for a slow one."""
-    if state in {"point", "point100", "cached", "ext4", "ext4copied"}:
+    """Enough for a second on a fast system where that is possible, not too much for a slow one."""
+    if state == "first":
+        return 512 * MIB
+    if state in {"point", "point100", "cached", "ext4", "ext4copied"} or block > 4 * KIB:
         return 128 * MIB
-    if state == "copied" or block < 16 * KIB:
-        return 64 * MIB
-    return 256 * MIB if block < 64 * KIB else 512 * MIB
+    return 64 * MIB
 
 
 def _cell(
@@ -144,12 +160,13 @@ NAMED: tuple[Cell, ...] = (
     _cell("copied", "randread", 4 * KIB, 32, "cold"),
     _cell("copied", "randwrite", 4 * KIB, 1, "warm", sync=True),
     _cell("first", "randwrite", 4 * KIB, 1, "cold"),
-    _cell("first", "randwrite", 4 * KIB, 32, "cold"),
     _cell("first", "randwrite", 16 * KIB, 1, "cold"),
     _cell("first", "randwrite", 16 * KIB, 32, "cold"),
     _cell("first", "randwrite", 16 * KIB, 32, "warm"),
     _cell("first", "randwrite", 64 * KIB, 32, "cold"),
     _cell("first", "write", MIB, 4, "cold"),
+    _cell("once", "randwrite", 4 * KIB, 1, "cold"),
+    _cell("once", "randwrite", 16 * KIB, 32, "cold"),
     _cell("point", "randread", 4 * KIB, 32, "cold"),
     _cell("point", "randread", 4 * KIB, 32, "warm"),
     _cell("point", "read", MIB, 4, "cold"),
@@ -174,6 +191,7 @@ QUICK: tuple[Cell, ...] = tuple(
         "copied-randread-4k-qd32-warm",
         "first-randwrite-4k-qd1-cold",
         "first-randwrite-16k-qd32-cold",
+        "first-randwrite-64k-qd32-cold",
         "first-write-1m-qd4-cold",
         "point-randread-4k-qd32-cold",
         "cached-read-1m-qd1",
@@ -193,15 +211,13 @@ def full_cross() -> tuple[Cell, ...]:
 
 def _cross() -> Iterator[Cell]:
     small = (4 * KIB, 16 * KIB, 64 * KIB)
-    for pattern, block, depth, cache in itertools.product(
-        ("randwrite", "randread"), small, (1, 8, 32), ("warm", "cold")
-    ):
-        yield _cell("copied", pattern, block, depth, cache)
-        if pattern == "randwrite":
-            yield _cell("first", pattern, block, depth, cache)
-        else:
-            yield _cell("point", pattern, block, depth, cache)
-            yield _cell("point100", pattern, block, depth, cache)
+    for block, depth, cache in itertools.product(small, (1, 8, 32), ("warm", "cold")):
+        yield _cell("copied", "randwrite", block, depth, cache)
+        yield _cell("first", "randwrite", block, depth, cache)
+        yield _cell("once", "randwrite", block, depth, cache)
+        yield _cell("copied", "randread", block, depth, cache)
+        yield _cell("point", "randread", block, depth, cache)
+        yield _cell("point100", "randread", block, depth, cache)
     for depth, cache in itertools.product((1, 4), ("warm", "cold")):
         yield _cell("copied", "write", MIB, depth, cache)
         yield _cell("copied", "read", MIB, depth, cache)

@@ -134,12 +134,12 @@ class Reached:
         return "reached" if self.ratio.median >= self.aim.least else "missed"
 
 
-def reached(figures: Figures, cells: Iterable[str]) -> list[Reached]:
-    """Every aim in each of its cells that is among `cells`."""
-    measured = set(cells)
+def reached(figures: Figures, cells: Iterable[str], systems: Iterable[str]) -> list[Reached]:
+    """Every aim in each of its cells that is among `cells`, if both its systems were asked for."""
+    measured, asked = set(cells), set(systems)
     return [
         Reached(aim, cell, figures.ratio(cell, aim.system, aim.against, share=aim.share))
         for aim in AIMS
         for cell in aim.cells
-        if cell in measured
+        if cell in measured and {aim.system, aim.against} <= asked
     ]

@@ -1,19 +1,22 @@
 """fio drives everything: the command line for a cell, and what its JSON says.
 
-One libaio job, its blocks chosen by fio's random map (each once before any comes again), the same
-seed for all systems of one round. Reads and writes of a mixed job are reported as one
-(unified_rw_reporting), so that every cell has one rate and one pair of latencies.
+One libaio job, the same for all systems of one round. Its blocks are chosen by fio's random map
+(each once before any comes again); where a pass is only one block in each region of the file, which
+fio cannot be told, the list of requests is made here and replayed as fast as it goes. Reads and
+writes of a mixed job are reported as one (unified_rw_reporting), so that every cell has one rate
+and one pair of latencies.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.cells import MIXED_READS, Cell
+from benchmark.cells import MIXED_READS, REGION, Cell
 from benchmark.machine import BenchError, run
 
 # A cell that touches each block once ends by itself; a system that is very slow is stopped here.
@@ -22,9 +25,9 @@ LONGEST_SECONDS = 30
 
 @dataclass(frozen=True)
 class Result:
-    """What fio saw. Latencies in µs, from submission to completion as fio's clat counts.
+    """What fio saw. Latencies in µs, submission included (fio's lat).
 
-    iops includes the final fsync of a job that ends with one. covered: the part of the cell's bytes
+    iops includes the final fsync of a job that ends with one. covered: the part of the cell's pass
     that was done before LONGEST_SECONDS, 1.0 when all.
     """
 
@@ -53,11 +56,15 @@ def measure(
     """
     arguments = [
         *_common(file, cell.block, cell.depth, cell.span, direct=direct, seed=seed),
-        f"--rw={cell.pattern}",
-        f"--rwmixread={MIXED_READS}",
         f"--end_fsync={int(end_fsync)}",
         f"--fsync={int(cell.sync)}",
     ]
+    if cell.scattered:
+        log = work / "requests"
+        log.write_text(scattered_requests(cell, seed))
+        arguments += [f"--read_iolog={log}", "--replay_no_stall=1", f"--replay_redirect={file}"]
+    else:
+        arguments += [f"--rw={cell.pattern}", f"--rwmixread={MIXED_READS}"]
     if cell.seconds is None:
         arguments.append(f"--runtime={LONGEST_SECONDS}")
     else:
@@ -65,7 +72,21 @@ def measure(
     if not cell.writes:
         arguments.append("--readonly")
     job = _run(arguments, work, servers)
-    return parse(job, expected=cell.span if cell.seconds is None else None)
+    return parse(job, cell)
+
+
+def scattered_requests(cell: Cell, seed: int) -> str:
+    """A log for fio (version 2): one write at a random block of each region, in random order."""
+    choice = random.Random(seed)  # noqa: S311 - repeatable, not secret
+    regions = list(range(cell.span // REGION))
+    choice.shuffle(regions)
+    offsets = [
+        region * REGION + choice.randrange(REGION // cell.block) * cell.block for region in regions
+    ]
+    # The name is only a label here: the job redirects all of it to the file that is measured.
+    lines = ["fio version 2 iolog", "it add", "it open"]
+    lines += [f"it write {offset} {cell.block}" for offset in offsets]
+    return "\n".join([*lines, "it close", ""])
 
 
 def touch_all(
@@ -89,9 +110,7 @@ def touch_all(
     _run(arguments, work, servers)
 
 
-def _common(
-    file: Path, block: int, depth: int, span: int, *, direct: bool, seed: int
-) -> list[str]:
+def _common(file: Path, block: int, depth: int, span: int, *, direct: bool, seed: int) -> list[str]:
     return [
         "--name=cell",
         # fio takes a colon in a file name as a separator.
@@ -107,6 +126,9 @@ def _common(
         # What is in the page cache is decided by us, before fio starts.
         "--invalidate=0",
         "--unified_rw_reporting=mixed",
+        # With buffered I/O all of the time is in the submission, which clat leaves out.
+        "--lat_percentiles=1",
+        "--clat_percentiles=0",
         "--percentile_list=50:99",
     ]
 
@@ -117,6 +139,7 @@ def _run(arguments: list[str], work: Path, servers: Sequence[int]) -> dict[str, 
         *("fio", "--output-format=json", f"--output={output}", *arguments),
         seconds=LONGEST_SECONDS * 4,
         servers=servers,
+        work=work,
     )
     text = output.read_text()
     try:
@@ -129,19 +152,22 @@ def _run(arguments: list[str], work: Path, servers: Sequence[int]) -> dict[str, 
     return job
 
 
-def parse(job: dict[str, Any], *, expected: int | None) -> Result:
-    """One job of fio's JSON. expected: bytes it should have moved, None if it ran for a time."""
+def parse(job: dict[str, Any], cell: Cell) -> Result:
+    """One job of fio's JSON. BenchError when nothing was done."""
     io = job["mixed"]
     seconds = io["runtime"] / 1000
-    if not io["total_ios"] or not seconds:
+    requests = io["total_ios"]
+    if not requests or not seconds:
         raise BenchError("fio did nothing")
-    percentiles = io["clat_ns"]["percentile"]
+    # Counted by requests: io_bytes lacks the last ones in flight of a replayed log.
+    moved = requests * cell.block
+    percentiles = io["lat_ns"]["percentile"]
     return Result(
-        iops=io["total_ios"] / seconds,
-        bytes_per_second=io["io_bytes"] / seconds,
+        iops=requests / seconds,
+        bytes_per_second=moved / seconds,
         p50_us=percentiles["50.000000"] / 1000,
         p99_us=percentiles["99.000000"] / 1000,
-        bytes_moved=io["io_bytes"],
+        bytes_moved=moved,
         seconds=seconds,
-        covered=1.0 if expected is None else min(1.0, io["io_bytes"] / expected),
+        covered=1.0 if cell.seconds is not None else min(1.0, requests / cell.requests),
     )

@@ -27,16 +27,20 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class BenchError(Exception):
-    """This measurement could not be made; the message is what its row says."""
+    """A measurement could not be made; the message is what its row says."""
 
 
 def run(
-    *command: str | os.PathLike[str], seconds: float = 60, servers: Sequence[int] = ()
+    *command: str | os.PathLike[str],
+    seconds: float = 60,
+    servers: Sequence[int] = (),
+    work: Path | None = None,
 ) -> str:
-    """stdout of a command that has to succeed. BenchError with its stderr otherwise.
+    """What a command that has to succeed writes to stdout. BenchError with its stderr otherwise.
 
-    servers: processes (started here) that the command waits on in the kernel, where no signal
-    reaches it. If it does not end in time, they are killed, which frees it.
+    work: given for a command that would go on for long if this process were killed; it is noted
+    there as `started` does. servers: processes (started here) that the command waits on in the
+    kernel, where no signal reaches it. If it does not end in time, they are killed, which frees it.
     """
     name = os.fspath(command[0])
     try:
@@ -50,6 +54,8 @@ def run(
         )
     except FileNotFoundError:
         raise BenchError(f"{name} is not installed") from None
+    if work is not None:
+        _note(work, process.pid)
     try:
         out, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -208,11 +214,16 @@ def started(
         )
         process.log = Path(log.name)  # type: ignore[attr-defined]
         try:
-            with open(work.parent / _PIDS, "a") as pids:
-                pids.write(f"{process.pid} {_start_time(process.pid)}\n")
+            _note(work, process.pid)
             yield process
         finally:
             _end(process)
+
+
+def _note(work: Path, pid: int) -> None:
+    """So that `remove_stale` finds it: in the run's directory, which `work` lies in."""
+    with open(work.parent / _PIDS, "a") as pids:
+        pids.write(f"{pid} {_start_time(pid)}\n")
 
 
 def said(process: subprocess.Popen[bytes]) -> str:

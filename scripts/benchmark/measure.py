@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark import fio, machine
-from benchmark.cells import Cell
+from benchmark.cells import REGION, Cell
 from benchmark.machine import BenchError, run
 from benchmark.systems import Served, System
 
-_REGION = 64 << 10  # what is overwritten under a recovery point to be read: QEMU's unit, 4 of ours
 _SAMPLES = 24
 _SAMPLE_SIZE = 4096
 _FILE_IN_EXT4 = "data"
@@ -122,8 +121,8 @@ def _touch(
 
 def _fill(image: Path, size: int) -> None:
     with open(image, "xb") as file:
-        for start in range(0, size, 8 << 20):
-            file.write(os.urandom(min(8 << 20, size - start)))
+        starts = range(0, size, 8 << 20)
+        file.writelines(os.urandom(min(8 << 20, size - start)) for start in starts)
 
 
 def _make_ext4(image: Path, size: int) -> None:
@@ -157,23 +156,23 @@ def _file_on_loop(file: Path, work: Path) -> Iterator[Path]:
 def _preserve_half(cell: Cell, served: Served) -> None:
     """Overwrite half of the image, spread over as many epochs as the cell has points.
 
-    Always the same half: aligned 64 KiB regions, chosen once at random.
+    Always the same half: whole regions, chosen once at random.
     """
     if served.point is None:
         return
-    regions = list(range(cell.span // _REGION))
+    regions = list(range(cell.span // REGION))
     chosen = random.Random(7)  # noqa: S311 - repeatable, not secret
     chosen.shuffle(regions)
     regions = regions[: len(regions) // 2]
-    buffer = mmap.mmap(-1, _REGION)  # page-aligned, as O_DIRECT wants it
-    buffer.write(os.urandom(_REGION))
+    buffer = mmap.mmap(-1, REGION)  # page-aligned, as O_DIRECT wants it
+    buffer.write(os.urandom(REGION))
     descriptor = os.open(served.file, os.O_WRONLY | os.O_DIRECT)
     try:
         for epoch in range(cell.points):
             if epoch:
                 served.another_point()
             for region in regions[epoch :: cell.points]:
-                os.pwrite(descriptor, buffer, region * _REGION)
+                os.pwrite(descriptor, buffer, region * REGION)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A file served by pyfuse3 and nothing else: what any system in Python with pyfuse3 has to start from.
+"""A file served by pyfuse3 and nothing else: the floor of whatever is built on pyfuse3.
 
     python passthrough.py IMAGE MOUNTPOINT
 
@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import sys
+from typing import Any
 
 import pyfuse3
 import trio
@@ -40,30 +41,32 @@ class PassThrough(pyfuse3.Operations):
             entry.st_size = self._size
         return entry
 
-    async def getattr(self, inode, ctx=None):  # noqa: D102 - pyfuse3 says what each one is for
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         return self._attributes(inode)
 
-    async def lookup(self, parent_inode, name, ctx=None):  # noqa: D102
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: Any = None
+    ) -> pyfuse3.EntryAttributes:
         if name != NAME:
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._attributes(INODE)
 
-    async def open(self, inode, flags, ctx):  # noqa: D102
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(1), direct_io=True)
 
-    async def read(self, fh, off, size):  # noqa: D102
+    async def read(self, fh: int, off: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, off)
 
-    async def write(self, fh, off, buf):  # noqa: D102
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
         return os.pwrite(self._descriptor, buf, off)
 
-    async def fsync(self, fh, datasync):  # noqa: D102
+    async def fsync(self, fh: int, datasync: bool) -> None:
         os.fdatasync(self._descriptor)
 
-    async def flush(self, fh):  # noqa: D102
+    async def flush(self, fh: int) -> None:
         pass
 
-    async def release(self, fh):  # noqa: D102
+    async def release(self, fh: int) -> None:
         pass
 
 

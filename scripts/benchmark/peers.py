@@ -38,14 +38,17 @@ def _serve_qemu(*create: str) -> Callable[[Path, Path], AbstractContextManager[S
         run("qemu-img", "create", "-q", "-f", "qcow2", *create, target, size)
         for place in (live, point):
             place.touch()
+        filtered = (
+            "driver=copy-before-write,node-name=live,file=image,target=target,"
+            "on-cbw-error=break-guest-write"
+        )
         command = (
             "qemu-storage-daemon",
             *("--blockdev", f"driver=file,node-name=image,filename={_quoted(image)}"),
             *("--blockdev", f"driver=file,node-name=target-file,filename={_quoted(target)}"),
             *("--blockdev", "driver=qcow2,node-name=target,file=target-file"),
             "--blockdev",
-            "driver=copy-before-write,node-name=live,file=image,target=target,"
-            "on-cbw-error=break-guest-write",
+            filtered,
             *("--blockdev", "driver=snapshot-access,node-name=point,file=live"),
             "--export",
             f"type=fuse,id=live,node-name=live,mountpoint={_quoted(live)},writable=on",

@@ -14,11 +14,11 @@ import matplotlib as mpl
 
 mpl.use("svg")
 
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of the backend
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmark.figures import Figures, Reached, Spread  # noqa: E402
+from benchmark.figures import Figures, Reached, Spread
 
 MIB = 1 << 20
 COLOURS = {
@@ -32,7 +32,7 @@ COLOURS = {
     "raw": "#9a9a9a",
     "disk": "#4f4f4f",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vsnapfs",
     "svg.fonttype": "none",  # text stays text
     "font.family": "sans-serif",

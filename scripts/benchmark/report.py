@@ -14,32 +14,39 @@ from benchmark.figures import Figures, Reached, Spread, reached
 
 MIB = 1 << 20
 LIMITS = """\
-* **Only the ratios carry over to another machine**, and they less than one would like: a faster disk favours who
-  waits for it, more processors favour who has threads. Two cores served fio, the kernel and the server here.
-* **The systems promise different things.** vsnapfs by default overwrites a block only after its copy is durable;
-  QEMU's filter and `--durability process` hand both to the page cache, and a power failure can cost the recovery
-  point. nbdkit's cow filter keeps nothing at all: its overlay is gone with the process. vsnapfs also checks and
-  writes a checksum for every block it preserves; no other system here does.
-* **QEMU was not made for this.** Its FUSE export is one thread and a convenience; inside a virtual machine the same
-  filter has no FUSE in the way. It copies 64 KiB at a time whatever the cluster size of the target, so that of four
-  random 16 KiB writes three find their block copied already, and so does vsnapfs with 64 KiB blocks.
-* **Two minutes are not a day.** Images are 64 to 512 MiB and fit into memory, the diff area is new, nothing is
-  fragmented. Cold means that the page cache was dropped, not that the disk's own cache was.
-* **A rate without a sync is a promise.** `raw` shows how fast memory is. Only the cells with `fsync` and the sequential
-  writes end with everything on the disk; the `disk` column does so in every write cell.
-* **fio at depth 1 measures latency**, its own and the kernel's included; at depth 32 it measures throughput with all
-  requests ready to be had. Applications do neither.
-* **CPU seconds are the server's own processes'** (user and system, in steps of 10 ms), not fio's and not those of the
-  kernel's writeback."""
+* **Only the ratios carry over to another machine**, and they less than one would like: a faster
+  disk favours who waits for it, more processors favour who has threads. fio, the kernel and the
+  server shared the same processors here.
+* **The systems promise different things.** vsnapfs by default overwrites a block only after its
+  copy is durable; QEMU's filter and `--durability process` hand both to the page cache, and a power
+  failure can cost the recovery point. nbdkit's cow filter keeps nothing at all: its overlay is gone
+  with the process. vsnapfs also checks and writes a checksum for every block it preserves; no other
+  system here does.
+* **QEMU was not made for this.** Its FUSE export is one thread and a convenience; inside a virtual
+  machine the same filter has no FUSE in the way.
+* **The unit of copying decides.** QEMU copies 64 KiB at a time whatever the cluster size of its
+  target, nbdkit too, vsnapfs 16 KiB. In the `first` cells each write meets a place that nobody has
+  copied yet, which suits small units; in the `once` cells, which go over the whole image in small
+  pieces, most find that a neighbour has had their place copied: three of four for 4 KiB on vsnapfs,
+  fifteen of sixteen on QEMU. Real writers are between the two.
+* **Minutes are not days.** Images are 64 to 512 MiB and fit into memory, the diff area is new,
+  nothing is fragmented. Cold means that the page cache was dropped, not that the disk's own was.
+* **A rate without a sync is a promise.** `raw` shows how fast memory is. Only the cells with
+  `fsync` and the sequential writes end with everything on the disk; the `disk` column does so in
+  every write cell.
+* **fio at depth 1 measures latency**, its own and the kernel's included; at depth 32 it measures
+  throughput with all requests ready to be had. Applications do neither.
+* **CPU seconds are the server's own processes'** (user and system, in steps of 10 ms), not fio's
+  and not those of the kernel's writeback."""
 
 
 def write(data: dict[str, Any], directory: Path) -> None:
     """results.json, results.md and the plots, in this directory."""
-    from benchmark import plots
+    from benchmark import plots  # noqa: PLC0415 - slow to import; only needed here
 
     directory.mkdir(parents=True, exist_ok=True)
     figures = Figures(data["results"])
-    found = reached(figures, data["cells"])
+    found = reached(figures, data["cells"], data["systems"])
     drawn = plots.draw(data, figures, found, directory)
     (directory / "results.json").write_text(json.dumps(data, indent=1) + "\n")
     (directory / "results.md").write_text(markdown(data, figures, found, drawn))
@@ -48,8 +55,10 @@ def write(data: dict[str, Any], directory: Path) -> None:
 def show(data: dict[str, Any], console: Console) -> None:
     """The ratios on the terminal, and what failed."""
     figures = Figures(data["results"])
-    table = Table("cell", "system", "against", "aim", "ratio", "min–max", "", box=None)
-    for item in reached(figures, data["cells"]):
+    table = Table(box=None)
+    for heading in ("cell", "system", "against", "aim", "ratio", "min–max", ""):
+        table.add_column(heading, no_wrap=True)
+    for item in reached(figures, data["cells"], data["systems"]):
         aim, ratio = item.aim, item.ratio
         table.add_row(
             item.cell,
@@ -93,12 +102,13 @@ def markdown(
 
 
 _RATES = """\
-Median (least–greatest) over the rounds. Random access in thousands of requests a second, sequential (`read`, `write`) in
-MiB/s. † stopped after 30 s before each block had its turn; – means nothing there; ✗ failed. `disk` is the ceiling: the
-same pattern with O_DIRECT on the plain file, a final sync within its time.
+Median (least–greatest) over the rounds. Random access in thousands of requests a second, sequential
+(`read`, `write`) in MiB/s. † stopped after 30 s before each block had its turn; – means nothing
+there; ✗ failed. `disk` is the ceiling: the same pattern with O_DIRECT on the plain file, in write
+cells with a final sync within its time.
 """
-_LATENCIES = "Medians over the rounds of p50 / p99, in µs, from submission to completion.\n"
-_COSTS = "CPU seconds of the server's processes per GiB moved · their peak memory in MiB. Medians.\n"
+_LATENCIES = "Medians over the rounds of p50 / p99, in µs, submission included.\n"
+_COSTS = "CPU seconds of the server per GiB moved · its peak memory in MiB. Medians.\n"
 
 
 def _intro(data: dict[str, Any]) -> str:
@@ -114,18 +124,21 @@ def _intro(data: dict[str, Any]) -> str:
     )
     modules = ", ".join(f"{name} {text}" for name, text in facts["modules"].items())
     wanted = data["rounds_wanted"]
-    fewer = f" ({wanted} were asked for, the time did not suffice)" if data["rounds"] < wanted else ""
+    fewer = f" of {wanted}, for which the time did not suffice" if data["rounds"] < wanted else ""
     return f"""\
-Made by `scripts/bench{" --quick" if data.get("quick") else ""}`; do not edit. [results.json](results.json) has every
-single measurement. {data["rounds"]} rounds{fewer}, {data["seconds"] / 60:.0f} minutes, {facts["when"][:10]}, vsnapfs
-{facts["commit"]}.
+Made by `scripts/bench{" --quick" if data.get("quick") else ""}`; do not edit.
+[results.json](results.json) has every single measurement.
+{data["rounds"]} rounds{fewer}, {data["seconds"] / 60:.0f} minutes, {facts["when"][:10]},
+vsnapfs {facts["commit"]}.
 
-All systems serve the same image files on the same file system, one after the other within each cell, each round
-beginning with another one. Before each measurement {dropped} was dropped; a *warm* cell then read its span once with
-its own block size. Ratios are formed within a round and their median is told. After each measurement the recovery
-point was compared with samples of what it has to contain.
+All systems serve the same image files on the same file system, one after the other within each
+cell, each round beginning with another one. Before each measurement {dropped}
+was dropped; a *warm* cell then read its span once with its own block size. Ratios are formed within
+a round, and their median is told. After each measurement the recovery point was compared with
+samples of what it has to contain.
 
-* {facts["processors"]} × {facts["processor"]}, {facts["memory_bytes"] / (1 << 30):.0f} GiB, Linux {facts["kernel"]}
+* {facts["processors"]} × {facts["processor"]}, {facts["memory_bytes"] / (1 << 30):.0f} GiB,
+  Linux {facts["kernel"]}
 * images on {facts["file_system"]}; load {facts["load"]} at the start
 * Python {facts["python"]}, {modules}
 * {programs}
@@ -151,9 +164,7 @@ def _plot(prefix: str, plots: Sequence[str]) -> str:
     return "\n".join(f"![{name[:-4]}]({name})\n" for name in plots if name.startswith(prefix))
 
 
-def _table(
-    data: dict[str, Any], systems: Sequence[str], text: Any, *, corner: str = "cell"
-) -> str:
+def _table(data: dict[str, Any], systems: Sequence[str], text: Any, *, corner: str = "cell") -> str:
     lines = [f"| {corner} | {' | '.join(systems)} |", "|---|" + "---:|" * len(systems)]
     lines += [
         f"| `{cell}` | {' | '.join(text(cell, system) for system in systems)} |"

@@ -1,8 +1,8 @@
 """The order of a run: rounds of cells of systems, and what it keeps of them.
 
 Systems alternate within each cell, and each round starts with another one, so that a machine that
-is slow for a minute is slow for all. A system that is missing, that a cell means nothing to, or that
-fails is kept as such.
+is slow for a minute is slow for all. A system that is missing, that a cell means nothing to, or
+that fails is kept as such.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Plan:
 
 
 def carry_out(plan: Plan, work: Path, report: Report) -> dict[str, Any]:
-    """Measure in `work`, an empty directory. Returns results, absences and how it went, for JSON."""
+    """Measure in `work`, an empty directory. Returns results, absences and the course, for JSON."""
     absent = {system.name: why for system in plan.systems if (why := system.missing())}
     present = [system for system in plan.systems if system.name not in absent]
     not_for = [
@@ -93,5 +93,3 @@ def _one(cell: Cell, system: System, images: Images, work: Path, number: int) ->
         row["caches"] = measured.caches
     shutil.rmtree(place, ignore_errors=True)
     return row
-
-

@@ -139,7 +139,11 @@ OURS = (
         _serve_vsnapfs("--durability", "process"),
         missing=_has_durability,
     ),
-    System("vsnapfs-64k", "the same as vsnapfs with 64 KiB blocks", _serve_vsnapfs("--block-size=64KiB")),
+    System(
+        "vsnapfs-64k",
+        "the same as vsnapfs with 64 KiB blocks",
+        _serve_vsnapfs("--block-size=64KiB"),
+    ),
 )
 
 FLOOR = (
@@ -163,5 +167,3 @@ FLOOR = (
         synced=True,
     ),
 )
-
-
