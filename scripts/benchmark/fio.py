@@ -113,6 +113,7 @@ def touch_all(
 def _common(file: Path, block: int, depth: int, span: int, *, direct: bool, seed: int) -> list[str]:
     return [
         "--name=cell",
+        "--thread",  # one process, so that ending it ends the job
         # fio takes a colon in a file name as a separator.
         f"--filename={str(file).replace(':', chr(92) + ':')}",
         "--ioengine=libaio",

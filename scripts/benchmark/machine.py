@@ -348,13 +348,18 @@ def settle(directory: Path) -> None:
     run("sync", "--file-system", directory, seconds=300)
 
 
+def may_drop_all() -> bool:
+    """Whether the page cache of the whole machine can be dropped."""
+    return os.geteuid() == 0
+
+
 def drop_caches(directory: Path, files: Sequence[Path]) -> str:
     """Write back and forget: the page cache of the machine, or without root that of `files`.
 
     Returns which of the two it was, for the report.
     """
     settle(directory)
-    if os.geteuid() == 0:
+    if may_drop_all():
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
         return "all"
     for file in files:

@@ -17,6 +17,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmark.figures import Figures, Reached, Spread
 
@@ -87,6 +88,7 @@ def _aims(found: Sequence[Reached]) -> Figure:
             for item in reversed(found)
         ],
     )
+    axes.set_ylim(-0.7, len(found) - 0.3)
     axes.set_xlabel("ratio ÷ aim (right of the line: reached; line: least to greatest)")
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -158,6 +160,7 @@ def _latency(axes: Axes, cell: str, systems: Sequence[str], figures: Figures) ->
         axes.plot([most.median], [height], "|", color=colour, markersize=9)
         shown = True
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(systems)), systems)
     axes.set_xlabel("µs: p50 (dot) to p99 (bar)", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
