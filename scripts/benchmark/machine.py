@@ -120,28 +120,42 @@ def remove_stale(parent: Path) -> list[Path]:
 
 
 def _remove(directory: Path) -> None:
-    """Unmount what is mounted below, detach its loop devices, end its processes, delete it."""
-    for _, mountpoint in _mounts_below(directory):
-        _unmount_lazily(mountpoint)
-    for device in loop_devices_below(directory):
+    """Unmount what is mounted below, detach its loop devices, end its processes, delete it.
+
+    From the top down: file systems on loop devices, the devices (whose files could not be told any
+    more once the mounts below are detached), the mounts that the servers hold.
+    """
+    devices = loop_devices_below(directory)
+    for source, mountpoint in _mounts_below(directory):
+        if source in devices:
+            _unmount_lazily(mountpoint)
+    for device in devices:
         with suppress(BenchError):
             run("losetup", "--detach", device)
+    for _, mountpoint in _mounts_below(directory):
+        _unmount_lazily(mountpoint)
     with suppress(OSError):
         for line in (directory / _PIDS).read_text().splitlines():
             pid, _, start = line.partition(" ")
-            if _start_time(int(pid)) == start:
+            if start and _start_time(int(pid)) == start:
                 _kill(int(pid))
+    # A process that is just ending may still write there.
+    wait_for(lambda: _is_deleted(directory), 5)
+
+
+def _is_deleted(directory: Path) -> bool:
     shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()
 
 
 def _mounts_below(directory: Path) -> list[tuple[str, str]]:
-    """(device number, mountpoint) of the mounts in a directory, the newest first."""
+    """(source, mountpoint) of the mounts in a directory, the newest first. proc(5), mountinfo."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split(" ")
-        place = fields[4].encode().decode("unicode_escape")
+        left, _, right = line.partition(" - ")
+        place = left.split()[4].encode().decode("unicode_escape")
         if place.startswith(f"{directory}/"):
-            found.append((fields[2], place))
+            found.append((right.split()[1], place))
     return found[::-1]
 
 
@@ -315,8 +329,14 @@ def loop_device(file: Path) -> Iterator[str]:
     try:
         yield device
     finally:
+        # Raising here would hide why the block ended, an interrupt perhaps.
+        wait_for(lambda: _is_detached(device), 5)
+
+
+def _is_detached(device: str) -> bool:
+    with suppress(BenchError):
         run("losetup", "--detach", device)
-        wait_for(lambda: not Path(f"/sys/block/{device[5:]}/loop/backing_file").exists(), 5)
+    return not Path(f"/sys/block/{device[5:]}/loop/backing_file").exists()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pyfuse3
 import trio
 
 NAME = b"replica.img"
-INODE = pyfuse3.InodeT(2)
+INODE = 2
 
 
 class PassThrough(pyfuse3.Operations):
@@ -31,13 +31,13 @@ class PassThrough(pyfuse3.Operations):
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.st_ino = inode
         entry.entry_timeout = entry.attr_timeout = 300
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         if inode == pyfuse3.ROOT_INODE:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o700)
+            entry.st_mode = stat.S_IFDIR | 0o700
         else:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
+            entry.st_mode = stat.S_IFREG | 0o600
             entry.st_size = self._size
         return entry
 
@@ -52,7 +52,7 @@ class PassThrough(pyfuse3.Operations):
         return self._attributes(INODE)
 
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(1), direct_io=True)
+        return pyfuse3.FileInfo(fh=1, direct_io=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, off)

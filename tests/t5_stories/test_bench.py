@@ -426,6 +426,18 @@ def mounted_below(place: Path) -> list[str]:
     return [where for where, _, _ in mounts().values() if where.startswith(f"{place}/")]
 
 
+def loops_below(place: Path) -> dict[str, str]:
+    """Loop device → its file, as it is called while its mount is there and once it is detached."""
+    found = {device: file for device, file in loop_devices().items() if str(place) in file}
+    assert found
+    return found
+
+
+def is_attached(loops: dict[str, str]) -> bool:
+    now = loop_devices()
+    return any(now.get(device) in {file, "/replica.img"} for device, file in loops.items())
+
+
 def servers_of(process: subprocess.Popen[str]) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(pid) for pid in children.split()]
@@ -446,7 +458,7 @@ def is_running(pid: int) -> bool:
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C in the middle, with an ext4 on a loop device on a FUSE file: all of it is undone."""
     with running(tmp_path) as process:
-        servers = servers_of(process)
+        servers, loops = servers_of(process), loops_below(tmp_path)
         process.send_signal(how)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -454,8 +466,8 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, how: signal.Si
     assert servers
     assert not any(map(is_running, servers))
     assert mounted_below(tmp_path) == []
-    assert not [path for path in loop_devices().values() if str(tmp_path) in path]
-    assert list(tmp_path.iterdir()) == []
+    assert not is_attached(loops)
+    assert sorted(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.needs_fio
@@ -467,7 +479,7 @@ def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None
     with running(tmp_path) as process:
         assert machine.remove_stale(tmp_path) == []
         assert mounted_below(tmp_path)
-        servers = servers_of(process)
+        servers, loops = servers_of(process), loops_below(tmp_path)
         process.kill()
         process.wait()
     assert mounted_below(tmp_path)
@@ -475,5 +487,5 @@ def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None
     assert machine.remove_stale(tmp_path) == [left]
     assert machine.wait_for(lambda: not any(map(is_running, servers)), 10)
     assert mounted_below(tmp_path) == []
-    assert not [path for path in loop_devices().values() if str(tmp_path) in path]
+    assert not is_attached(loops)
     assert list(tmp_path.iterdir()) == []
