@@ -1,7 +1,6 @@
 """The peers from Debian's packages: qemu-storage-daemon, and nbdkit's cow filter with nbdfuse.
 
-Both with their defaults wherever the issue of comparing like with like does not ask for another
-value; each is said in `says` and so in the report.
+Both with their defaults, but for what `says` tells, and so the report.
 """
 
 from __future__ import annotations
