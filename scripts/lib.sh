@@ -1,10 +1,12 @@
 # shellcheck shell=bash
-# What scripts/demo and scripts/test share: install what is missing, say so, do nothing twice.
+# What the scripts share: install what is missing, say so, do nothing twice.
 #
-# Sourced by both after `set -euo pipefail`. Offers:
-#   setup demo|test     the system's packages (apt-get, as root or through sudo) and a .venv in the
-#                       checkout with the newest releases from PyPI and this project, editable;
-#                       "test" adds the tools for checking. Returns at once when all is there.
+# Sourced by them after `set -euo pipefail`. Offers:
+#   setup demo|bench|test  the system's packages (apt-get, as root or through sudo) and a .venv in
+#                       the checkout with the newest releases from PyPI and this project, editable;
+#                       "bench" adds what draws plots, and the programs to compare with as far as
+#                       they can be had; "test" adds the tools for checking. Returns at once when
+#                       all is there.
 #   $root $venv         the checkout and its virtual environment
 #   say, die, as_root, can_be_root, apt_install
 
@@ -65,6 +67,14 @@ missing_tools() {
   { command -v mount && command -v losetup; } >/dev/null || echo mount
 }
 
+# The programs that scripts/bench measures beside vsnapfs.
+missing_peers() {
+  command -v qemu-storage-daemon >/dev/null || echo qemu-system-common
+  command -v qemu-img >/dev/null || echo qemu-utils
+  command -v nbdkit >/dev/null || echo nbdkit
+  command -v nbdfuse >/dev/null || echo libnbd-bin
+}
+
 # What building pyfuse3 from PyPI takes besides: it comes as source only.
 missing_build_tools() {
   local name
@@ -101,6 +111,22 @@ need_packages() {
   apt_install "${missing[@]}" || die "apt-get could not install: ${missing[*]} (its reason is above)"
   mapfile -t missing < <("$1")
   ((${#missing[@]} == 0)) || die "still missing after installing them: ${missing[*]}"
+}
+
+# want_packages FUNCTION: like need_packages, but what cannot be had is said and left out.
+want_packages() {
+  local missing package
+  mapfile -t missing < <("$1")
+  ((${#missing[@]})) || return 0
+  if ! command -v apt-get >/dev/null || ! can_be_root; then
+    say "going on without what these Debian packages hold: ${missing[*]}" && return 0
+  fi
+  say "installing Debian packages (may take a minute): ${missing[*]}"
+  apt_install "${missing[@]}" && return 0
+  # One that does not exist here must not keep the others away.
+  for package in "${missing[@]}"; do
+    apt_install "$package" 2>/dev/null || say "going on without $package: apt-get could not install it"
+  done
 }
 
 # --- Python ------------------------------------------------------------------------------------
@@ -141,18 +167,25 @@ venv_prefix() {
 print(sys.prefix)'
 }
 
-# venv_is_good LEVEL: made for this level or for "test", which holds everything; and it still runs.
+# venv_is_good LEVEL: made for this level or for one that holds it and more; and it still runs.
 venv_is_good() {
-  local stamp
+  local stamp level enough=("$1" test)
+  [[ $1 != demo ]] || enough+=(bench)
   stamp=$(cat -- "$venv/.stamp" 2>/dev/null) || return 1
-  [[ $stamp == "$(venv_stamp "$1")" || $stamp == "$(venv_stamp test)" ]] || return 1
+  for level in "${enough[@]}" ''; do
+    [[ -n $level ]] || return 1
+    [[ $stamp != "$(venv_stamp "$level")" ]] || break
+  done
   [[ -x $venv/bin/vsnapfs && $(venv_prefix 2>/dev/null) == "$venv" ]]
 }
 
 # make_venv LEVEL: always from nothing, since half a one cannot be trusted. The stamp comes last.
 make_venv() (
-  group=()
-  [[ $1 == demo ]] || group=(--group dev)
+  case $1 in
+  demo) group=() ;;
+  bench) group=(--group bench) ;;
+  *) group=(--group dev) ;;
+  esac
   say "making $venv with the newest releases from PyPI (a minute or two)"
   "$python" -m venv --clear -- "$venv" || die "no virtual environment could be made in $venv"
   cd -- "$root" || die "$root is gone"
@@ -179,5 +212,6 @@ setup() {
     need_packages missing_anything
     make_venv "$level"
   fi
+  [[ $level != bench ]] || want_packages missing_peers
   exec {lock}<&-
 }

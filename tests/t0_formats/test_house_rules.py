@@ -69,6 +69,9 @@ def test_it():
     process = subprocess.Popen(["sleep", "1234"], start_new_session=True)
     process.returncode = 0  # so that Python does not warn: it is to be found by itself
     pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
+    # Popen returns before the kernel has put the new program's environment in its place.
+    while not pathlib.Path(f"/proc/{{process.pid}}/environ").read_bytes():
+        pass
 """
     )
     assert result.returncode == 1, result.stdout
