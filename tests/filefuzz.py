@@ -12,7 +12,7 @@ exist:
   an error comes of it: no crash, no hang, no memory blow-up, whatever is asked of the volume.
 
 A case is a seed and a number, nothing else is random: `case(base_of…, seed, number)` again gives
-the same one. Used by tests/t2_failures/test_hostile_files.py and scripts/fuzz-files.
+the same one. Used by tests/t2_failures/test_hostile_files.py and `scripts/fuzz-files`.
 """
 
 from __future__ import annotations
