@@ -8,7 +8,6 @@ Prints the count, the seed and the minutes; exit code 1 if there was a violation
 shown with the command that repeats it. Runs on a simulated disk, in memory: nothing is written.
 """
 
-# ruff: noqa: T201 - a script prints its results
 from __future__ import annotations
 
 import argparse
