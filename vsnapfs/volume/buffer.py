@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MIN_SIZE = 4 << 20
 #: Longer writes are preserved and written directly: they fill a barrier by themselves, and going
 #: through memory twice costs them more than waiting for it.
-LONGEST = 256 << 10
+LONGEST = 1024 << 10
 _BATCH = 16 << 20
 
 
