@@ -28,7 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from ..backing import Backing
-from ..errors import FaultCode, FaultError, FormatError
+from ..errors import FaultCode, FaultError, FormatError, VsnapError
 from .area import DiffArea
 from .descriptors import (
     BLOCK_MASK,
@@ -46,7 +46,6 @@ from .layout import (
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
     SUPERBLOCK_SIZE,
-    TABLE_SIZE,
     Layout,
 )
 from .superblock import Superblock, decode
@@ -132,10 +131,14 @@ def read_superblocks(
     return found, notes, rot
 
 
-def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[DiffArea, Report]:
+def open_area(
+    backing: Backing, replica: Backing, volume_id: bytes, known: int = 0
+) -> tuple[DiffArea, Report]:
     """Scan the diff area in `backing`; `replica` is read for the check after an unclean stop.
 
-    FormatError: not a diff area, of another volume, another version, rotted superblocks.
+    known: a generation that has been written; below it the area is an old copy (`is_old`), to which
+    nothing is written. FormatError: not a diff area, of another volume, another version, rotted
+    superblocks. VsnapError "other-replica": `replica` is not the one it belongs to.
     FaultError 2: an I/O error while reading. Damaged descriptors do not raise: they are in
     `DiffArea.damaged_sectors` and in the report's `problems`.
     """
@@ -148,7 +151,16 @@ def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[Dif
                 hint="Check 'diff_area' in volume.toml.",
                 code="other-volume",
             )
+        size, wanted = replica.size(), superblock.replica_size
+        if size < wanted or (size != wanted and not replica.is_device):
+            # Before anything is compared with it, let alone dropped.
+            raise VsnapError(
+                f"the replica {replica.path} has {size} bytes, its diff area says {wanted}",
+                hint="It is not the replica this diff area was made for, or it has been resized.",
+                code="other-replica",
+            )
         scan = _Scan(backing, replica, superblock, notes)
+        scan.area.is_old = superblock.generation < known
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
         scan.area.know_generations(copy.generation for copy in found)
@@ -217,7 +229,7 @@ class _Scan:
         area.index.compact(points)
         area.slots.take(live)
         self._keep_slots_of_damage()
-        if self.heal:
+        if self.heal and not area.is_old:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
             area.heal(self.heal)
         return area, report
@@ -229,8 +241,8 @@ class _Scan:
         layout = self.area.layout
         parts: list[npt.NDArray[np.void]] = []
         for group in range(layout.groups_of(self.present)):
-            first, twin = layout.table_offsets(group)
-            table = self._choose(group, self._read_table(first), self._read_table(twin))
+            first, twin = (self.area.read_table(at) for at in layout.table_offsets(group))
+            table = self._choose(group, first, twin)
             parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
         if not parts:
             return np.empty(0, dtype=SECTOR_DTYPE)
@@ -238,20 +250,6 @@ class _Scan:
         self.report.barrier = int(tables["barrier"].max())
         self.area.barrier_number = max(self.superblock.barrier, self.report.barrier)
         return tables
-
-    def _read_table(self, offset: int) -> bytearray:
-        try:
-            return bytearray(self.backing.read(offset, TABLE_SIZE))
-        except OSError:
-            # Perhaps only a part is unreadable: an unreadable sector is all zeros, never valid.
-            table = bytearray(TABLE_SIZE)
-            for start in range(0, TABLE_SIZE, SECTOR_SIZE):
-                try:
-                    part = self.backing.read(offset + start, SECTOR_SIZE)
-                except OSError:
-                    continue
-                table[start : start + SECTOR_SIZE] = part
-            return table
 
     def _choose(self, group: int, first: bytearray, twin: bytearray) -> bytearray:
         """The newest valid copy of each sector of a group."""

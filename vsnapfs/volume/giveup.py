@@ -14,7 +14,9 @@ from ..backing import Backing, FileBacking, Removed, sync_directory
 from ..config import VolumePaths, leads_out
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
+from ..diffarea.layout import SUPERBLOCK_SIZE
 from ..diffarea.recovery import read_superblock
+from ..diffarea.superblock import unfinished
 from ..errors import FaultError, FormatError, VsnapError
 from .core import in_thread
 
@@ -112,18 +114,28 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
         sync_directory(path.parent)
         return made
     try:
-        superblock, _ = read_superblock(backing)
-        ours = superblock.volume_id == volume.core.volume_id
-    except FormatError as error:
-        # A rotted superblock of ours is what this command is for; anything else is not ours.
-        ours = error.code in ("checksum", "inconsistent") or backing.size() == 0
-    if not ours:
-        backing.close()
-        raise VsnapError(
-            f"{path} is not the diff area of volume {volume.core.name}; it is not overwritten",
-            hint="Move it away first.",
-        )
+        if not _is_ours(volume, backing):
+            raise VsnapError(
+                f"{path} is not the diff area of volume {volume.core.name}; it is not overwritten",
+                hint="Move it away first.",
+            )
+    except BaseException:
+        backing.close()  # So that the next try can lock it.
+        raise
     return backing
+
+
+def _is_ours(volume: Volume, backing: Backing) -> bool:
+    try:
+        superblock, _ = read_superblock(backing)
+    except FormatError as error:
+        if error.code == "truncated":
+            # What a stop has left of an area that was only begun; other short files are not ours.
+            start = bytes(backing.read(0, min(backing.size(), SUPERBLOCK_SIZE)))
+            return start in (bytes(len(start)), unfinished()[: len(start)])
+        # A rotted superblock of ours is what this command is for; anything else is not ours.
+        return error.code in ("checksum", "inconsistent")
+    return superblock.volume_id == volume.core.volume_id
 
 
 def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffArea:

@@ -25,6 +25,7 @@ from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
 from . import giveup, repair
+from .account import Account, state_problem
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
@@ -50,7 +51,7 @@ class Volume:
         self.mountpoint = mountpoint
         self.warnings = list(opened.warnings)
         #: What opening has brought back or found, as `repair` tells it.
-        self.account = repair.Account(opened)
+        self.account = Account(opened)
         self.protection = Protection(core, opened.saved)
         self.room = Room(core)
         self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
@@ -276,6 +277,7 @@ class Volume:
             return
         try:
             await self._restore.go_on()
+            self.account.restore_is_finished()
         except (FaultError, OSError, VsnapError) as error:
             await self.protection.trip(as_fault(error))
         except trio.TooSlowError:
@@ -488,7 +490,7 @@ class Volume:
 
     async def _state_problems(self) -> list[dict[str, Any]]:
         wrong = await in_thread(self.protection.check_state)
-        return [repair.state_problem(offset, text) for offset, text in wrong]
+        return [state_problem(offset, text) for offset, text in wrong]
 
     async def repair(
         self, *, dry_run: bool = False, progress: Progress | None = None
