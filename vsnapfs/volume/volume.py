@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -172,6 +172,8 @@ class Volume:
         elif opened.fault is not None:
             if area is not None:
                 self._remember_preserved(area)
+            if opened.report is not None:
+                self._log_healed(text for text in opened.report.healed if "superblock" not in text)
             await self._offline_at_open(opened.fault)
 
     def _remember_preserved(self, area: DiffArea) -> None:
@@ -184,8 +186,7 @@ class Volume:
         assert report is not None
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
-        for what in report.healed:
-            core.log.log("vsnapfs", 1041, volume=core.name, what=what)
+        self._log_healed(report.healed)
         if report.unclean:
             core.log.log(
                 "vsnapfs",
@@ -204,6 +205,10 @@ class Volume:
                 await in_thread(core.need_area().trim)
             self.account.superblock_is_healed()
 
+    def _log_healed(self, healed: Iterable[str]) -> None:
+        for what in healed:
+            self.log.log("vsnapfs", 1041, volume=self.core.name, what=what)
+
     async def _heal_state(self) -> None:
         """Write a state file anew of which a copy was missing, bad or older than the other."""
         protection = self.protection
@@ -212,9 +217,7 @@ class Volume:
             if not wrong:
                 return
             await in_thread(protection.save_as_it_is)
-            bad = self.account.state_is_healed(wrong)
-            for what in bad:
-                self.log.log("vsnapfs", 1041, volume=self.core.name, what=what)
+            self._log_healed(self.account.state_is_healed(wrong))
 
     async def _offline_at_open(self, error: FaultError) -> None:
         """Go offline by a fault found at open; one that is already recorded is not logged again."""
