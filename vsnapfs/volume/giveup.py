@@ -54,6 +54,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             try:
                 async with core.area_lock:
                     await protection.record_given_up(epoch)
+                    if backing is None:  # After the record, which tells the next opening of it.
+                        backing = await in_thread(_make, volume)
                     area = await in_thread(_format, volume, backing, maximum, epoch)
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
@@ -63,7 +65,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     if volume.buffer.ring is not None:
                         await core.commit(ring=volume.buffer.ring.ring_id)
             except BaseException:
-                if old is None or backing is not old.backing:
+                if backing is not None and (old is None or backing is not old.backing):
                     backing.close()  # So that the next try can lock it.
                 raise
         if core.replica_failed:
@@ -97,8 +99,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
     return warnings
 
 
-def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
-    """In a worker thread: where the new area goes. VsnapError, OSError."""
+def _find_place(volume: Volume, old: DiffArea | None) -> Backing | None:
+    """In a worker thread: where the new area goes, None: nothing is there. VsnapError, OSError."""
     if old is not None:
         try:
             old.backing.check_present()
@@ -110,9 +112,7 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
     try:
         backing = FileBacking.open(path, follow=leads_out(configured))
     except FileNotFoundError:
-        made = FileBacking.create(path)
-        sync_directory(path.parent)
-        return made
+        return None
     try:
         if not _is_ours(volume, backing):
             raise VsnapError(
@@ -123,6 +123,17 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
         backing.close()  # So that the next try can lock it.
         raise
     return backing
+
+
+def _make(volume: Volume) -> Backing:
+    path = VolumePaths(volume.directory, volume.config).diff_area
+    made = FileBacking.create(path)
+    try:
+        sync_directory(path.parent)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def _is_ours(volume: Volume, backing: Backing) -> bool:

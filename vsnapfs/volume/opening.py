@@ -26,7 +26,7 @@ from .ring import RingStore, SharedMemory
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
-_DAMAGE = ("checksum", "inconsistent", "format", "truncated")
+_DAMAGE = ("checksum", "inconsistent", "format")
 
 
 @dataclass
@@ -228,7 +228,9 @@ def _open_area(
     try:
         area, report = open_area(backing, replica, volume_id, saved.generation)
     except FormatError as error:
-        if error.code not in _DAMAGE:
+        # Where points were being given up, a short file is what a stop has left of the new area.
+        begun = saved.offline and saved.given_up >= saved.epoch
+        if error.code not in _DAMAGE and not (begun and error.code == "truncated"):
             raise
         raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
     except MemoryError as error:

@@ -220,7 +220,9 @@ class Volume:
             self._log_healed(self.account.state_is_healed(wrong))
 
     async def _offline_at_open(self, error: FaultError) -> None:
-        """Go offline by a fault found at open; one that is already recorded is not logged again."""
+        """Go offline by a fault found at open. One that is already recorded is not logged again;
+        another one beside it does not replace it, but is told.
+        """
         protection = self.protection
         known = protection.fault
         missing = error.code is FaultCode.DIFF_AREA_MISSING
@@ -229,6 +231,7 @@ class Volume:
             # `offline` of the administrator.
             if known is None or known.code is not error.code:
                 protection.trouble = error.message
+                self.log.log("vsnapfs", 1091, volume=self.core.name, reason=error.message)
             if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
                 self.core.area_is_stale = True
             return
