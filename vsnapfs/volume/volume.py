@@ -453,14 +453,15 @@ class Volume:
         if area is None:
             reason = self.protection.trouble or "its diff area could not be opened"
             hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
-        elif area.damaged_sectors or area.backing.size() < area.superblock.allocated:
+        elif area.damaged_sectors:
             reason = "its diff area is damaged beyond repair, new copies could hide old ones"
             hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
         elif core.area_is_stale:
             reason = "somebody else has written to its diff area"
-            hint = (
-                f"Unmount and mount again to read it anew, then verify. If it is lost, {give_up}."
-            )
+            hint = f"Unmount and mount it again to read it anew, verify. If it is lost, {give_up}."
+        elif area.backing.size() < area.superblock.allocated:
+            reason = "the file of its diff area has been cut short"
+            hint = "'vsnapfs repair' reserves the space again; only copies that lay there are lost."
         if reason:
             raise VsnapError(
                 f"volume {core.name} cannot come online: {reason}",
