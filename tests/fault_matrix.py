@@ -54,7 +54,7 @@ FAULTS = (
         "put a good copy of the same state back, else give up the points",
         OPEN + "test_both_superblocks_rotted"),
     Row(3, "the file was cut off inside its blocks", AT_OPEN, 82,
-        "points, but for what was cut off (EIO)", "export what is left, give up the points",
+        "points, but for what was cut off (EIO)", "`repair` (reserves the space again), `online`",
         OPEN + "test_a_truncated_diff_area"),
     Row(3, "both copies of a descriptor sector are bad", AT_OPEN, 82,
         "what surely does not depend on the sector; the rest is EIO",

@@ -24,7 +24,7 @@ BLOCKS = [0, 1, 2, 3, 4095, 4096, 2**34 - 1]
 
 
 def _read(copies: dict[tuple[int, int], int], point: int, block: int) -> tuple[int, int] | None:
-    """DESIGN's read rule, word by word: the copy in the first epoch ≥ point that has one."""
+    """The read rule, word by word: the copy in the first epoch ≥ point that has one."""
     epochs = sorted(epoch for where, epoch in copies if where == block and epoch >= point)
     return (epochs[0], copies[block, epochs[0]]) if epochs else None
 

@@ -209,12 +209,15 @@ def test_rot_in_one_preserved_block_harms_only_that(machine: Machine) -> None:
 
 
 def test_a_truncated_diff_area(machine: Machine) -> None:
-    """Cut off inside its blocks: fault 3. Cut off inside the superblocks: refused as no area."""
+    """Cut off inside its blocks: fault 3, `repair`. Inside the superblocks: refused as no area."""
     rig, _ = prepared(machine)
     os.truncate(rig.area, rig.area.stat().st_size - MIB)
     rig.mount()
     assert "truncated" in is_offline_by(rig, 3)
-    assert "damaged beyond repair" in vsnapfs("online", rig.directory, code=3)
+    assert "vsnapfs repair" in vsnapfs("online", rig.directory, code=3)
+    assert "reserved again" in rig.call("repair")["found"][0]["action"]
+    vsnapfs("online", rig.directory)
+    assert rig.status()["state"] == "online"
     rig.unmount()
     os.truncate(rig.area, 100_000)
     said = vsnapfs("mount", rig.directory, rig.place, code=1)

@@ -48,7 +48,7 @@ def with_points(rig: Rig, count: int = 2) -> dict[int, str]:
 
 def must_be_exact(rig: Rig, checksums: dict[int, str], work: Path) -> None:
     """Each point reads bit-exact through the mount, and exports so."""
-    assert rig.points() == sorted(checksums), rig.status()
+    assert rig.points() == sorted(checksums), (rig.status(), rig.events()[-6:])
     for number, checksum in checksums.items():
         assert sha256(rig.point(number), direct=True) == checksum
     number = min(checksums)

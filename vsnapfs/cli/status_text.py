@@ -31,7 +31,11 @@ _FREE_MEMORY = ("Free some memory, or raise the limit this process runs under.",
 _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_MISSING: (*_BRING_BACK, *_GIVE_UP),
     FaultCode.IO_FAILURE_DURING_ONLINE: _CHECK_DISK,
-    FaultCode.META_DATA_CORRUPTION: ("See what is damaged: vsnapfs verify {v}", *_SAVE, *_GIVE_UP),
+    FaultCode.META_DATA_CORRUPTION: (
+        "See what is damaged, and mend what can be mended: vsnapfs repair {v}",
+        *_SAVE,
+        *_GIVE_UP,
+    ),
     FaultCode.MEMORY_ALLOCATION_FAILURE: _FREE_MEMORY,
     FaultCode.MAPPED_MEMORY_FAILURE: _FREE_MEMORY,
     FaultCode.COW_READ_FAILURE: _CHECK_DISK,

@@ -24,16 +24,16 @@ from .descriptors import (
 )
 from .index import Index
 from .layout import (
+    HEADER_SIZE,
     MAX_AREA_SIZE,
     SECTORS_PER_GROUP,
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
-    SUPERBLOCK_SIZE,
     Layout,
 )
 from .slots import SlotMap
 from .store import AreaStore
-from .superblock import Superblock
+from .superblock import Superblock, unfinished
 
 _CACHED_SECTORS = 256
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
@@ -79,7 +79,6 @@ class DiffArea(AreaStore):
             )
         slots = layout.slots_in(maximum)
         if not backing.is_device:
-            backing.truncate(0)
             slots = min(slots, _first_slots(layout, maximum))
         allocated = layout.size_of(slots)
         superblock = Superblock(
@@ -90,11 +89,14 @@ class DiffArea(AreaStore):
             allocated=allocated,
             epoch=epoch,
         )
-        backing.allocate(0, allocated)
-        # An old superblock must not be found while the tables below are only half written.
+        # An old superblock must not be found while the tables below are only half written, and a
+        # file in which there is none must show, after a stop, that it is ours to make anew.
         for offset in SUPERBLOCK_OFFSETS:
-            backing.write(offset, bytes(SUPERBLOCK_SIZE))
-        backing.sync()
+            backing.write(offset, unfinished())
+            backing.sync()
+        if not backing.is_device:
+            backing.truncate(HEADER_SIZE)
+        backing.allocate(0, allocated)
         area = cls(backing, superblock)
         area._write_tables(0, layout.groups_of(slots))
         area._sync()
@@ -201,10 +203,8 @@ class DiffArea(AreaStore):
     def descriptor_of(self, slot: int) -> Descriptor | None:
         """What is recorded of a slot, None if nothing is or it cannot be read."""
         sector, place = divmod(slot, SLOTS_PER_SECTOR)
-        try:
-            return self._sector(sector).get(place)
-        except FaultError:
-            return None
+        image = self.known_sector(sector)
+        return image.get(place) if image else None
 
     # -- mending ----------------------------------------------------------------------------------
 

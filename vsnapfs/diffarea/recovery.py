@@ -28,7 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from ..backing import Backing
-from ..errors import FaultCode, FaultError, FormatError
+from ..errors import FaultCode, FaultError, FormatError, VsnapError
 from .area import DiffArea
 from .descriptors import (
     BLOCK_MASK,
@@ -46,7 +46,6 @@ from .layout import (
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
     SUPERBLOCK_SIZE,
-    TABLE_SIZE,
     Layout,
 )
 from .superblock import Superblock, decode
@@ -132,10 +131,14 @@ def read_superblocks(
     return found, notes, rot
 
 
-def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[DiffArea, Report]:
+def open_area(
+    backing: Backing, replica: Backing, volume_id: bytes, known: int = 0
+) -> tuple[DiffArea, Report]:
     """Scan the diff area in `backing`; `replica` is read for the check after an unclean stop.
 
-    FormatError: not a diff area, of another volume, another version, rotted superblocks.
+    known: a generation that has been written; below it the area is an old copy (`is_old`), to which
+    nothing is written. FormatError: not a diff area, of another volume, another version, rotted
+    superblocks. VsnapError "other-replica": `replica` is not the one it belongs to.
     FaultError 2: an I/O error while reading. Damaged descriptors do not raise: they are in
     `DiffArea.damaged_sectors` and in the report's `problems`.
     """
@@ -148,7 +151,16 @@ def open_area(backing: Backing, replica: Backing, volume_id: bytes) -> tuple[Dif
                 hint="Check 'diff_area' in volume.toml.",
                 code="other-volume",
             )
+        size, wanted = replica.size(), superblock.replica_size
+        if size < wanted or (size != wanted and not replica.is_device):
+            # Before anything is compared with it, let alone dropped.
+            raise VsnapError(
+                f"the replica {replica.path} has {size} bytes, its diff area says {wanted}",
+                hint="It is not the replica this diff area was made for, or it has been resized.",
+                code="other-replica",
+            )
         scan = _Scan(backing, replica, superblock, notes)
+        scan.area.is_old = superblock.generation < known
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
         scan.area.know_generations(copy.generation for copy in found)
@@ -171,7 +183,8 @@ class _Scan:
         # Of a truncated file only the groups that begin in it are looked at: the superblock may
         # claim terabytes.
         layout = Layout(superblock.block_size)
-        groups = -(-max(0, backing.size() - HEADER_SIZE) // layout.group_size)
+        self.end = backing.size()
+        groups = -(-max(0, self.end - HEADER_SIZE) // layout.group_size)
         claimed = layout.slots_in(superblock.allocated)
         self.present = min(claimed, groups * SLOTS_PER_GROUP)
         self.is_cut = self.present < claimed
@@ -192,9 +205,9 @@ class _Scan:
             # What a failed sync of the replica lost, its cache may still show. A point that fell
             # through to that would change with the next power failure.
             self.replica.forget_cache()
-        if self.backing.size() < self.superblock.allocated:
+        if self.end < self.superblock.allocated:
             report.problems.append(
-                f"the file has {self.backing.size()} bytes, "
+                f"the file has {self.end} bytes, "
                 f"{self.superblock.allocated} are allocated: it has been truncated"
             )
         tables = self._load_tables()
@@ -217,7 +230,7 @@ class _Scan:
         area.index.compact(points)
         area.slots.take(live)
         self._keep_slots_of_damage()
-        if self.heal:
+        if self.heal and not area.is_old:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
             area.heal(self.heal)
         return area, report
@@ -229,8 +242,8 @@ class _Scan:
         layout = self.area.layout
         parts: list[npt.NDArray[np.void]] = []
         for group in range(layout.groups_of(self.present)):
-            first, twin = layout.table_offsets(group)
-            table = self._choose(group, self._read_table(first), self._read_table(twin))
+            first, twin = (self.area.read_table(at) for at in layout.table_offsets(group))
+            table = self._choose(group, first, twin)
             parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
         if not parts:
             return np.empty(0, dtype=SECTOR_DTYPE)
@@ -238,20 +251,6 @@ class _Scan:
         self.report.barrier = int(tables["barrier"].max())
         self.area.barrier_number = max(self.superblock.barrier, self.report.barrier)
         return tables
-
-    def _read_table(self, offset: int) -> bytearray:
-        try:
-            return bytearray(self.backing.read(offset, TABLE_SIZE))
-        except OSError:
-            # Perhaps only a part is unreadable: an unreadable sector is all zeros, never valid.
-            table = bytearray(TABLE_SIZE)
-            for start in range(0, TABLE_SIZE, SECTOR_SIZE):
-                try:
-                    part = self.backing.read(offset + start, SECTOR_SIZE)
-                except OSError:
-                    continue
-                table[start : start + SECTOR_SIZE] = part
-            return table
 
     def _choose(self, group: int, first: bytearray, twin: bytearray) -> bytearray:
         """The newest valid copy of each sector of a group."""
@@ -282,6 +281,8 @@ class _Scan:
     def _note_rot(self, sector: int, copy: int) -> None:
         where = {"what": "descriptor sector", "sector": sector, "copy": copy}
         offset = self.area.layout.sector_offsets(sector)[copy]
+        if self.area.is_old or offset + SECTOR_SIZE > self.end:
+            return  # Not healed now: `verify` finds it as it is.
         message = "one of its two copies is bad; the other one serves"
         self.report.rot.append(where | {"offset": offset, "message": message})
 

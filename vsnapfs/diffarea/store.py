@@ -5,7 +5,7 @@ Owns every write to descriptors and superblocks and the order of those writes. P
 * `barrier` returns only when the blocks written before it and their descriptors are durable (W2);
 * `commit` returns only when both superblock copies are durable, one after the other;
 * a sync that failed is never taken back: what it should have covered counts as unwritten until
-  `rollback` has rewritten it (DESIGN's rule "a failed sync is never retried into success");
+  `rollback` has rewritten it, because Linux reports lost pages once and then forgets them;
 * before each barrier and commit the path is compared with the open file (fault 14), before each
   commit the generation on disk with ours (fault 15).
 
@@ -36,6 +36,7 @@ from .layout import (
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
     SUPERBLOCK_SIZE,
+    TABLE_SIZE,
     Layout,
 )
 from .superblock import Superblock, check, decode
@@ -311,10 +312,12 @@ class AreaStore:
             self._suspects = {}
             self._remember(images)
 
-    def _write_sectors(self, images: Mapping[int, SectorImage]) -> None:
+    def _write_sectors(self, images: Mapping[int, SectorImage], end: int | None = None) -> None:
         for copy in (0, 1):
             for sector in sorted(images):
-                self.backing.write(self.layout.sector_offsets(sector)[copy], images[sector].data)
+                offset = self.layout.sector_offsets(sector)[copy]
+                if end is None or offset + SECTOR_SIZE <= end:
+                    self.backing.write(offset, images[sector].data)
 
     def _remember(self, images: Mapping[int, SectorImage]) -> None:
         self._sectors.update(images)
@@ -344,6 +347,20 @@ class AreaStore:
         good = sector_is_valid(memoryview(data), self.area_id, sector)
         return SectorImage(bytearray(data)) if good else None
 
+    def read_table(self, offset: int) -> bytearray:
+        """One copy of a group's table. A sector that cannot be read is all zeros, never valid."""
+        try:
+            return bytearray(self.backing.read(offset, TABLE_SIZE))
+        except OSError:
+            table = bytearray(TABLE_SIZE)
+        for start in range(0, TABLE_SIZE, SECTOR_SIZE):
+            try:
+                part = self.backing.read(offset + start, SECTOR_SIZE)
+            except OSError:
+                continue
+            table[start : start + SECTOR_SIZE] = part
+        return table
+
     def _write_tables(self, first_group: int, end_group: int) -> None:
         for group in range(first_group, end_group):
             first_sector = group * SECTORS_PER_GROUP
@@ -352,9 +369,13 @@ class AreaStore:
                 self.backing.write(offset, table)
 
     def heal(self, sectors: Mapping[int, SectorImage]) -> None:
-        """Write both copies of sectors exactly as they are (already sealed), durably."""
+        """Write both copies of sectors exactly as they are (already sealed), durably.
+
+        A copy beyond the end of a file that has been cut is left out: writing it would make the
+        file look whole again, with a hole where space was reserved.
+        """
         try:
-            self._write_sectors(sectors)
+            self._write_sectors(sectors, end=self.backing.size())
             self._sync()
         except OSError as error:
             raise FaultError(
@@ -372,6 +393,7 @@ class AreaStore:
         """
         self.check_present()
         self._refuse_if_old()
+        self._check_not_overtaken()
         (other,) = set(SUPERBLOCK_OFFSETS) - {offset}
         try:
             data = self.backing.read(other, SUPERBLOCK_SIZE)
@@ -384,9 +406,23 @@ class AreaStore:
                 FaultCode.IO_FAILURE, f"the superblock copy could not be mended: {error}"
             ) from error
 
-    def knows_sector(self, sector: int) -> bool:
-        """Whether a sector's content is in memory."""
-        return sector in self._sectors
+    def known_sector(self, sector: int) -> SectorImage | None:
+        """A sector as memory has it, else its newer valid copy, None if there is neither."""
+        try:
+            return self._sector(sector)
+        except FaultError:
+            return None
+
+    def has_rotted(self, sector: int) -> bool:
+        """Whether both copies can be read and are bad, so that neither will come back by itself."""
+        try:
+            for offset in self.layout.sector_offsets(sector):
+                data = self.backing.read(offset, SECTOR_SIZE)
+                if sector_is_valid(memoryview(data), self.area_id, sector):
+                    return False
+        except OSError:
+            return False
+        return True
 
     def mend_sector(self, sector: int) -> None:
         """Make both copies of a sector what is known in memory or the newer valid one, durably.

@@ -121,6 +121,12 @@ class Superblock:
         return bytes(buffer)
 
 
+def unfinished() -> bytes:
+    """What stands in the place of a superblock while an area is made: it fails its checksum."""
+    head = struct.pack("<8sII", MAGIC, FORMAT_VERSION, SUPERBLOCK_SIZE)
+    return head.ljust(SUPERBLOCK_SIZE, b"\0")
+
+
 def _fault_text(fault: Fault | None) -> bytes:
     if fault is None:
         return b""

@@ -76,16 +76,13 @@ class Verification:
 
     def _check_tables(self, group: int) -> None:
         area = self._area
-        tables: list[bytes | None] = []
-        for offset in area.layout.table_offsets(group):
-            tables.append(self._read_table(offset))
-            self.done += TABLE_SIZE
+        tables = [area.read_table(offset) for offset in area.layout.table_offsets(group)]
+        self.done += 2 * TABLE_SIZE
         for index in range(SECTORS_PER_GROUP):
             sector = group * SECTORS_PER_GROUP + index
             part = slice(index * SECTOR_SIZE, (index + 1) * SECTOR_SIZE)
             good = [
-                table is not None and sector_is_valid(memoryview(table)[part], area.area_id, sector)
-                for table in tables
+                sector_is_valid(memoryview(table)[part], area.area_id, sector) for table in tables
             ]
             self.checked["descriptor_sectors"] += 2
             offsets = area.layout.sector_offsets(sector)
@@ -98,7 +95,7 @@ class Verification:
                         {"what": "descriptor sector", "sector": sector, "offset": offsets[copy]},
                         "one of its two copies is bad; the other one serves",
                     )
-            if all(good) and tables[0] and tables[1] and tables[0][part] != tables[1][part]:
+            if all(good) and tables[0][part] != tables[1][part]:
                 self._problem(
                     {"what": "descriptor sector", "sector": sector, "offset": offsets[1]},
                     "its two copies differ",
@@ -130,12 +127,6 @@ class Verification:
                 message = "what has no copy of its own here may have one that is lost"
                 where = {"what": "recovery point", "point": point, "offset": 0}
                 self._problem(where, message, [point], ranges)
-
-    def _read_table(self, offset: int) -> bytes | None:
-        try:
-            return bytes(self._area.backing.read(offset, TABLE_SIZE))
-        except OSError:
-            return None
 
     def _check_copies(self, part: list[tuple[int, int, int]]) -> None:
         area = self._area

@@ -14,7 +14,9 @@ from ..backing import Backing, FileBacking, Removed, sync_directory
 from ..config import VolumePaths, leads_out
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
+from ..diffarea.layout import SUPERBLOCK_SIZE
 from ..diffarea.recovery import read_superblock
+from ..diffarea.superblock import unfinished
 from ..errors import FaultError, FormatError, VsnapError
 from .core import in_thread
 
@@ -52,6 +54,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             try:
                 async with core.area_lock:
                     await protection.record_given_up(epoch)
+                    if backing is None:  # After the record, which tells the next opening of it.
+                        backing = await in_thread(_make, volume)
                     area = await in_thread(_format, volume, backing, maximum, epoch)
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
@@ -61,7 +65,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     if volume.buffer.ring is not None:
                         await core.commit(ring=volume.buffer.ring.ring_id)
             except BaseException:
-                if old is None or backing is not old.backing:
+                if backing is not None and (old is None or backing is not old.backing):
                     backing.close()  # So that the next try can lock it.
                 raise
         if core.replica_failed:
@@ -95,8 +99,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
     return warnings
 
 
-def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
-    """In a worker thread: where the new area goes. VsnapError, OSError."""
+def _find_place(volume: Volume, old: DiffArea | None) -> Backing | None:
+    """In a worker thread: where the new area goes, None: nothing is there. VsnapError, OSError."""
     if old is not None:
         try:
             old.backing.check_present()
@@ -108,22 +112,41 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing:
     try:
         backing = FileBacking.open(path, follow=leads_out(configured))
     except FileNotFoundError:
-        made = FileBacking.create(path)
+        return None
+    try:
+        if not _is_ours(volume, backing):
+            raise VsnapError(
+                f"{path} is not the diff area of volume {volume.core.name}; it is not overwritten",
+                hint="Move it away first.",
+            )
+    except BaseException:
+        backing.close()  # So that the next try can lock it.
+        raise
+    return backing
+
+
+def _make(volume: Volume) -> Backing:
+    path = VolumePaths(volume.directory, volume.config).diff_area
+    made = FileBacking.create(path)
+    try:
         sync_directory(path.parent)
-        return made
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _is_ours(volume: Volume, backing: Backing) -> bool:
     try:
         superblock, _ = read_superblock(backing)
-        ours = superblock.volume_id == volume.core.volume_id
     except FormatError as error:
+        if error.code == "truncated":
+            # What a stop has left of an area that was only begun; other short files are not ours.
+            start = bytes(backing.read(0, min(backing.size(), SUPERBLOCK_SIZE)))
+            return start in (bytes(len(start)), unfinished()[: len(start)])
         # A rotted superblock of ours is what this command is for; anything else is not ours.
-        ours = error.code in ("checksum", "inconsistent") or backing.size() == 0
-    if not ours:
-        backing.close()
-        raise VsnapError(
-            f"{path} is not the diff area of volume {volume.core.name}; it is not overwritten",
-            hint="Move it away first.",
-        )
-    return backing
+        return error.code in ("checksum", "inconsistent")
+    return superblock.volume_id == volume.core.volume_id
 
 
 def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffArea:

@@ -190,7 +190,7 @@ def open_core(
     size = replica.size()
     if area_backing is not None:
         try:
-            area, report = _open_area(area_backing, replica, volume_id, saved, size)
+            area, report = _open_area(area_backing, replica, volume_id, saved)
             if store is not None:
                 _look_at_boot(area, report, store.boot)
         except FaultError as error:
@@ -223,25 +223,20 @@ def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
 
 
 def _open_area(
-    backing: Backing, replica: Backing, volume_id: bytes, saved: SavedState, size: int
+    backing: Backing, replica: Backing, volume_id: bytes, saved: SavedState
 ) -> tuple[DiffArea, Report]:
     try:
-        area, report = open_area(backing, replica, volume_id)
+        area, report = open_area(backing, replica, volume_id, saved.generation)
     except FormatError as error:
-        if error.code not in _DAMAGE:
+        # Where points were being given up, a short file is what a stop has left of the new area.
+        begun = saved.offline and saved.given_up >= saved.epoch
+        if error.code not in _DAMAGE and not (begun and error.code == "truncated"):
             raise
         raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
     except MemoryError as error:
         raise FaultError(
             FaultCode.MEMORY_ALLOCATION_FAILURE, "no memory for the index", errno=errno.ENOMEM
         ) from error
-    wanted = area.superblock.replica_size
-    if size < wanted or (size != wanted and not replica.is_device):
-        raise VsnapError(
-            f"the replica {replica.path} has {size} bytes, its diff area says {wanted}",
-            hint="It is not the replica this diff area was made for, or it has been resized.",
-            code="other-replica",
-        )
     given_up = saved.given_up
     if any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
@@ -260,8 +255,7 @@ def _open_area(
 
 def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
     superblock = area.superblock
-    if superblock.generation < saved.generation:
-        area.is_old = True
+    if area.is_old:
         return FaultError(
             FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
             f"the diff area is at generation {superblock.generation}, "

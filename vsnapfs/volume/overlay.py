@@ -23,6 +23,8 @@ class Overlay:
         self.is_device = below is not None and below.is_device
         self._below = below
         self._size = below.size() if below is not None else 0
+        #: Where the bytes of `below` end: not beyond what has been cut off since.
+        self._below_end = self._size
         self._pages: dict[int, bytearray] = {}
 
     def size(self) -> int:
@@ -33,7 +35,7 @@ class Overlay:
         """See `Backing.read`."""
         if offset + length > self._size:
             raise OSError(errno.EIO, f"{self.path} ends before byte {offset + length}")
-        if not self._pages and self._below is not None:
+        if not self._pages and self._below is not None and offset + length <= self._below_end:
             return self._below.read(offset, length)
         data = bytearray()
         while len(data) < length:
@@ -45,14 +47,14 @@ class Overlay:
         known = self._pages.get(page)
         if known is not None:
             return known
-        there = 0 if self._below is None else self._below.size() - page * _PAGE
+        there = self._below_end - page * _PAGE
         if self._below is None or there <= 0:
             return bytes(_PAGE)
         return bytes(self._below.read(page * _PAGE, min(_PAGE, there))).ljust(_PAGE, b"\0")
 
     def read_cached(self, offset: int, length: int) -> Bytes | None:
         """See `Backing.read_cached`."""
-        if self._pages or self._below is None:
+        if self._pages or self._below is None or offset + length > self._below_end:
             return None
         return self._below.read_cached(offset, length)
 
@@ -66,12 +68,16 @@ class Overlay:
     def write(self, offset: int, data: Bytes) -> None:
         """Remember it."""
         view, done = memoryview(data), 0
+        if self.is_device and offset + len(view) > self._size:
+            raise OSError(errno.ENOSPC, f"{self.path} has only {self._size} bytes")
         while done < len(view):
             page, start = divmod(offset + done, _PAGE)
             part = view[done : done + _PAGE - start]
-            if page not in self._pages:
-                self._pages[page] = bytearray(self._page(page))
-            self._pages[page][start : start + len(part)] = part
+            if len(part) == _PAGE:  # What is below may be unreadable, and is not needed.
+                self._pages[page] = bytearray(part)
+            else:
+                known = self._pages.setdefault(page, bytearray(self._page(page)))
+                known[start : start + len(part)] = part
             done += len(part)
         self._size = max(self._size, offset + len(view))
 
@@ -79,9 +85,17 @@ class Overlay:
         """See `Backing.allocate`; whether the host has the space is not asked."""
         if not self.is_device:
             self._size = max(self._size, offset + length)
+        elif offset + length > self._size:
+            raise OSError(errno.ENOSPC, f"{self.path} has only {self._size} bytes")
 
     def truncate(self, size: int) -> None:
         """See `Backing.truncate`."""
+        if size < self._size:  # What comes after it once more will be zeros.
+            keep, rest = divmod(size, _PAGE)
+            self._pages = {page: data for page, data in self._pages.items() if page * _PAGE < size}
+            if rest and keep in self._pages:
+                self._pages[keep][rest:] = bytes(_PAGE - rest)
+            self._below_end = min(self._below_end, size)
         self._size = size
 
     def has_hole(self, offset: int, length: int) -> bool:

@@ -269,7 +269,9 @@ class Protection:
 
     def save_as_it_is(self) -> None:
         """Write the state file once more, because a copy of it is bad. OSError."""
-        self.save(offline=not self.is_online, fault=self.fault)
+        with self._saving:
+            # Asked for under the lock: a fault written down meanwhile must not be taken back.
+            self._save(offline=not self.is_online, fault=self.fault)
 
     def check_state(self) -> list[tuple[int, str]]:
         """(offset, what is wrong) of each copy in the state file that is not as it should be."""
@@ -279,18 +281,21 @@ class Protection:
     def save(self, **changes: object) -> None:
         """Write the state file with `changes` and what is now known of the diff area. OSError."""
         with self._saving:
-            area = self._core.area
-            state = replace(self.saved, **changes)  # type: ignore[arg-type]
-            if area is not None and not self._core.area_is_stale:
-                state = replace(
-                    state,
-                    maximum=area.maximum,
-                    block_size=area.layout.block_size,
-                    epoch=max(state.epoch, area.superblock.epoch),
-                    generation=area.superblock.generation,
-                )
-            self._core.state_file.save(state)
-            self.saved = state
+            self._save(**changes)
+
+    def _save(self, **changes: object) -> None:
+        area = self._core.area
+        state = replace(self.saved, **changes)  # type: ignore[arg-type]
+        if area is not None and not self._core.area_is_stale:
+            state = replace(
+                state,
+                maximum=area.maximum,
+                block_size=area.layout.block_size,
+                epoch=max(state.epoch, area.superblock.epoch),
+                generation=area.superblock.generation,
+            )
+        self._core.state_file.save(state)
+        self.saved = state
 
     def would_fit(self) -> str | None:
         """A warning if the write that faulted would still not fit, else None."""

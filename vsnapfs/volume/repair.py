@@ -12,7 +12,8 @@ what is beyond repair and which ranges of which recovery points that hits. Promi
     one superblock copy bad or older         the other one
     one copy of a descriptor sector          its twin, the newer of two valid ones
     both copies, while the volume was open   memory (a copy whose checksum only they knew: EIO)
-    a preserved block                        the replica, if it still holds what was copied
+    a preserved block                        the replica, if it still holds what was copied, or
+                                             what a shrink that did not end left behind
     state file missing, a copy bad or old    the other copy, else the superblock
     file longer than allocated               cut off: a growth or shrink that did not end
     file shorter, all descriptors there      the space is reserved again, lost copies are EIO
@@ -24,13 +25,15 @@ Leaves the check itself to `diffarea.verify` and each single write to `diffarea`
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
+from ..backing import Backing
 from ..diffarea.area import DiffArea
 from ..diffarea.descriptors import (
     BLOCK_MASK,
@@ -39,104 +42,19 @@ from ..diffarea.descriptors import (
     Descriptor,
     sector_is_valid,
 )
-from ..diffarea.index import EPOCH_BITS
+from ..diffarea.index import EPOCH_BITS, Keys, Slots
 from ..diffarea.layout import SECTOR_SIZE, SECTORS_PER_GROUP, SLOTS_PER_SECTOR, TABLE_SIZE
 from ..diffarea.verify import Problem, Verification
 from ..errors import FaultError
+from .account import state_problem
 from .core import Progress, in_thread
 
 if TYPE_CHECKING:
-    from .opening import Opened
     from .volume import Volume
 
 #: In this order: what the later ones rest on comes first.
-_ORDER = ("diff area", "superblock", "descriptor sector", "preserved block", "recovery point")
+_STRUCTURES = ("superblock", "descriptor sector")
 _EVENTS = 20
-
-
-def state_problem(offset: int, message: str) -> Problem:
-    """A copy in the state file, as `verify` describes problems."""
-    where = {"what": "state file", "copy": int(offset > 0), "offset": offset}
-    return where | {"message": message, "points": [], "ranges": []}
-
-
-@dataclass
-class Account:
-    """What opening a volume found and brought back."""
-
-    opened: Opened
-    superblock_healed: bool = False
-    state: list[Problem] = field(default_factory=list)
-    restoring: int = 0
-    beyond_end: int = 0
-
-    def __post_init__(self) -> None:
-        area = self.opened.core.area
-        if area is not None:
-            self.restoring = area.superblock.restoring
-            if not area.backing.is_device:
-                self.beyond_end = max(0, area.backing.size() - area.allocated)
-
-    def superblock_is_healed(self) -> None:
-        """Both copies of the superblock have been written."""
-        self.superblock_healed = True
-
-    def state_is_healed(self, wrong: list[tuple[int, str]]) -> list[str]:
-        """The state file has been written anew. Returns what was really bad, for the log."""
-        lost = self.opened.state_problem
-        if lost:
-            self.state.append(state_problem(0, lost))
-        else:
-            self.state += [state_problem(offset, f"this copy {text}") for offset, text in wrong]
-        return [f"{problem['what']}: {problem['message']}" for problem in self._state_rot()]
-
-    def _state_rot(self) -> list[Problem]:
-        return [problem for problem in self.state if "older" not in problem["message"]]
-
-    def rot(self) -> list[Problem]:
-        """What was bad (not merely older) and has been healed, as `verify` describes problems."""
-        found = self._state_rot()
-        for where in self.opened.report.rot if self.opened.report else ():
-            if where["what"] != "superblock" or self.superblock_healed:
-                found.append(where | {"points": [], "ranges": []})
-        return [
-            problem | {"message": f"{problem['message']} (healed when the volume was opened)"}
-            for problem in found
-        ]
-
-    def findings(self) -> list[Problem]:
-        """Everything that opening did, for `repair`."""
-        listed = [problem | {"action": "written anew"} for problem in self.state]
-        report, area = self.opened.report, self.opened.core.area
-        if report is None or area is None:
-            return listed
-        if self.beyond_end and area.backing.size() <= area.allocated:
-            message = f"the file had {self.beyond_end} bytes more than are allocated"
-            listed.append({"what": "diff area", "message": message, "action": "cut off"})
-        listed += [
-            where | {"action": "written anew from the other copy"}
-            for where in report.rot
-            if where["what"] != "superblock" or self.superblock_healed
-        ]
-        listed += [
-            {"what": "superblock", "message": text, "action": "written anew"}
-            for text in report.healed
-            if text.endswith("behind") and self.superblock_healed
-        ]
-        differing = report.differing
-        if differing:
-            message = f"{differing} descriptor sectors whose two copies differed"
-            action = "the newer one counts"
-            listed.append({"what": "descriptor sectors", "message": message, "action": action})
-        if report.unclean:
-            message = "the volume was not closed cleanly"
-            action = (
-                f"the copies of the last barrier were checked: {report.kept} kept, "
-                f"{report.dropped} dropped (their blocks had not been overwritten), "
-                f"{report.damaged} damaged"
-            )
-            listed.append({"what": "recovery", "message": message, "action": action})
-        return listed
 
 
 class _Mending(NamedTuple):
@@ -144,6 +62,10 @@ class _Mending(NamedTuple):
 
     action: str
     work: Callable[[], None]
+
+
+#: What a problem was due to has been found and told already.
+_NOT_NEEDED = _Mending("", lambda: None)
 
 
 class Repair:
@@ -158,6 +80,8 @@ class Repair:
         self._lost: frozenset[int] = frozenset()  # sectors, see `DiffArea.damaged_sectors`
         self._found: list[Problem] = []
         self._beyond: list[Problem] = []
+        # Slots with a copy that lies in another slot, too, by (block, epoch).
+        self._doubled: dict[tuple[int, int], list[int]] = {}
 
     async def run(self, progress: Progress) -> dict[str, Any]:
         """Everything, under the locks of an administrative operation. JSON-ready.
@@ -166,7 +90,8 @@ class Repair:
         message, action, when ("opening" or "now"), done. beyond_repair: as `verify`'s problems.
         """
         core = self._core
-        async with core.admin_lock, core.shape_lock, core.grow_lock:
+        # Not `grow_lock`: a write that needs the area to grow cannot wait for a whole check.
+        async with core.admin_lock, core.shape_lock:
             for finding in self._volume.account.findings():
                 self._add(finding, when="opening", done=not core.dry_run)
             self._tell_restore()
@@ -195,9 +120,12 @@ class Repair:
         self._beyond.append(problem)
 
     def _tell_restore(self) -> None:
-        """What became of an in-place restore that had been interrupted."""
-        number, area = self._volume.account.restoring, self._core.area
-        if not number or area is None:
+        """What became of an in-place restore that was interrupted, before or since opening."""
+        account, area = self._volume.account, self._core.area
+        if area is None:
+            return
+        number = area.superblock.restoring or account.restoring
+        if not number:
             return
         message = f"the restore of recovery point {number} was interrupted"
         when, action = "opening", "continued and finished"
@@ -206,6 +134,9 @@ class Repair:
             action = "the next opening continues it"
             if not self._volume.protection.is_online:
                 action = "`vsnapfs online` continues it"
+        elif not account.restored:
+            when = "now"
+            action = "given up with its recovery point: the replica is a mixture of two states"
         finding = {"what": "restore", "message": message, "action": action}
         self._add(finding, when=when, done=when == "opening")
 
@@ -246,15 +177,21 @@ class Repair:
                 message = "somebody else has written to it: nothing of it is touched"
                 self._cannot({"what": "diff area", "message": message, "points": [], "ranges": []})
             return
-        problems.sort(key=lambda problem: _ORDER.index(problem["what"]))
+        structures = [problem for problem in problems if problem["what"] in _STRUCTURES]
+        structures.sort(key=lambda problem: _STRUCTURES.index(problem["what"]))
         mended = False
-        for problem in [*self._lengths(area), *problems]:
-            # There may be very many of these: no lock is taken for what is known to be hopeless.
-            if problem["what"] == "recovery point" or problem.get("sector") in self._lost:
-                self._cannot(problem)
-            else:
+        async with self._core.grow_lock:  # A growth makes the file longer before it counts.
+            for problem in self._lengths(area) + [p for p in problems if p["what"] == "diff area"]:
                 mended |= await self._mend(area, problem)
-        for leftover in await self._leftovers(area):
+        for problem in structures:
+            mended |= await self._mend(area, problem)
+        leftovers = await self._leftovers(area)
+        for problem in problems:
+            if problem["what"] == "preserved block":
+                mended |= await self._mend(area, problem)
+            elif problem["what"] == "recovery point":
+                self._cannot(problem)
+        for leftover in leftovers:
             mended |= await self._mend(area, leftover)
         if mended:
             # Once more: what was mended may have hidden something, and is not believed unseen.
@@ -277,6 +214,9 @@ class Repair:
     async def _mend(self, area: DiffArea, problem: Problem) -> bool:
         """Mend one problem, or put it on the list of those that stay. True if it was mended."""
         core = self._core
+        if problem.get("sector") in self._lost:  # Known to be hopeless, and perhaps one of many.
+            self._cannot(problem)
+            return False
         if problem["what"] == "descriptors" and self._act:
             try:
                 await core.mark_in_use()
@@ -287,6 +227,8 @@ class Repair:
                 mending = await in_thread(self._plan, area, problem)
                 if mending is None:
                     self._cannot(problem)
+                    return False
+                if mending is _NOT_NEEDED:
                     return False
                 if self._act:
                     await in_thread(self._work, area, mending)
@@ -313,10 +255,11 @@ class Repair:
         if what == "preserved block":
             return self._plan_copy(area, problem)
         if what == "descriptors":
-            slots: list[int] = problem["slots"]
+            # A write may have taken some of these slots since, and described its copies there.
+            slots = [slot for slot in problem["slots"] if _is_free(area, slot)]
             return _Mending("cleared", lambda: area.clear_descriptors(slots))
         if what == "diff area" and problem["offset"] > area.allocated:
-            return _Mending("cut off", area.trim)
+            return _Mending("cut off", lambda: _cut_off(area))
         if what == "diff area" and not area.damaged_sectors:
             action = "the lost space is reserved again (the copies in it are not back)"
             return _Mending(action, area.regain_space)
@@ -328,30 +271,37 @@ class Repair:
             action = "written anew from the other copy"
             return _Mending(action, lambda: area.mend_sector(sector))
         lost = range(sector, sector + problem["sectors"])
-        unknown = {one: self._copies_in(area, one) for one in lost if not area.knows_sector(one)}
+        unknown = {one for one in lost if area.known_sector(one) is None}
+        copies = self._copies_in(area, unknown)
+        # A disk that does not answer now may do so later; then the checksums are back.
+        waiting = [one for one in copies if not area.has_rotted(one)]
+        if waiting:
+            text = f"{len(waiting)} of these sectors cannot be read; nothing is written over them"
+            self._cannot(problem | {"message": f"{problem['message']}; {text}"})
+            if len(waiting) == len(lost):
+                return _NOT_NEEDED
         action = "written anew from memory"
-        if any(unknown.values()):
-            count = sum(map(len, unknown.values()))
+        count = sum(len(copies[one]) for one in copies if one not in waiting)
+        if count:
             action += f" ({count} copies whose checksum only it knew are lost)"
 
         def work() -> None:
             for one in lost:
-                if one in unknown:
-                    area.rebuild_sector(one, unknown[one])
-                else:
+                if one not in unknown:
                     area.mend_sector(one)
+                elif one not in waiting:
+                    area.rebuild_sector(one, copies.get(one, {}))
 
         return _Mending(action, work)
 
-    def _copies_in(self, area: DiffArea, sector: int) -> dict[int, Descriptor]:
-        """What the slots of a sector hold, by the index. Their checksums are lost: any block must
-        fail the one that stands there now, because nothing proves it.
+    def _copies_in(self, area: DiffArea, sectors: set[int]) -> dict[int, dict[int, Descriptor]]:
+        """What the slots of some sectors hold, by the index. Their checksums are lost: any block
+        must fail the one that is recorded now, because nothing proves it.
         """
         points = [point.number for point in self._core.points]
         blocks, epochs, slots = area.index.living(points)
-        first = sector * SLOTS_PER_SECTOR
-        chosen = np.flatnonzero((slots >= first) & (slots < first + SLOTS_PER_SECTOR))
-        copies = {}
+        chosen = np.flatnonzero(np.isin(slots // SLOTS_PER_SECTOR, sorted(sectors)))
+        copies: dict[int, dict[int, Descriptor]] = {}
         for row in chosen.tolist():
             slot = int(slots[row])
             try:
@@ -359,29 +309,41 @@ class Repair:
                 unlike = xxhash.xxh3_64_intdigest(data) ^ 1
             except OSError:
                 unlike = 0
-            copies[slot] = Descriptor(unlike, int(blocks[row]), int(epochs[row]))
+            descriptor = Descriptor(unlike, int(blocks[row]), int(epochs[row]))
+            copies.setdefault(slot // SLOTS_PER_SECTOR, {})[slot] = descriptor
         return copies
 
     def _plan_copy(self, area: DiffArea, problem: Problem) -> _Mending | None:
-        """The replica may still hold what was copied: then it can be copied once more."""
+        """The replica, or a slot that a shrink left behind, may still hold what was copied."""
         core = self._core
-        block: int = problem["block"]
-        found = area.index.lookup(problem["points"][0], block)
+        block, epoch = problem["block"], problem["epoch"]
+        points = {point.number for point in core.points}
+        readers = [number for number in problem["points"] if number in points]
+        found = area.index.lookup(readers[0], block) if readers else None
         if found is None:
-            return None
+            return _NOT_NEEDED  # Its points have been evicted since.
         slot = found[1]
-        offset = block * core.block_size
-        try:
-            data = core.replica.read(offset, min(core.block_size, core.size - offset))
-        except OSError:
-            return None
-        content = bytes(data).ljust(core.block_size, b"\0")
-        if area.descriptor_of(slot) != Descriptor(
-            xxhash.xxh3_64_intdigest(content), block, problem["epoch"]
-        ):
-            return None
+        wanted = area.descriptor_of(slot)
+
+        def content_at(backing: Backing, offset: int, length: int) -> bytes:
+            try:
+                content = bytes(backing.read(offset, length)).ljust(core.block_size, b"\0")
+            except OSError:
+                return b""
+            named = Descriptor(xxhash.xxh3_64_intdigest(content), block, epoch)
+            return content if named == wanted else b""
+
+        size, where = core.block_size, area.layout.slot_offset
+        if content_at(area.backing, where(slot), size):
+            return _NOT_NEEDED  # Only its descriptor was bad, and memory knows that.
+        offset = block * size
+        content = content_at(core.replica, offset, min(size, core.size - offset))
         action = "copied once more from the replica, which has not changed there"
-        return _Mending(action, lambda: area.rewrite_copy(slot, content))
+        for other in self._doubled.get((block, epoch), ()):
+            if not content:
+                content = content_at(area.backing, where(other), size)
+                action = "copied once more from where it lay before a shrink"
+        return _Mending(action, lambda: area.rewrite_copy(slot, content)) if content else None
 
     # -- what verify has no reason to mind --------------------------------------------------------
 
@@ -398,28 +360,36 @@ class Repair:
     async def _leftovers(self, area: DiffArea) -> list[Problem]:
         """Descriptors that describe no copy, by kind."""
         kinds: dict[str, list[int]] = {}
+        async with self._core.area_lock:
+            points = [point.number for point in self._core.points]
+            # Once, it is everything there is: later copies lie in slots that are taken later.
+            living = await in_thread(area.index.living, points)
         for group in range(area.layout.groups_of(len(area.slots))):
             async with self._core.area_lock:
-                await in_thread(self._look_for_leftovers, area, group, kinds)
+                await in_thread(self._look_for_leftovers, area, group, living, kinds)
         return [
             {"what": "descriptors", "message": f"{len(slots)} {kind}", "slots": slots}
             for kind, slots in kinds.items()
         ]
 
-    def _look_for_leftovers(self, area: DiffArea, group: int, kinds: dict[str, list[int]]) -> None:
-        try:
-            table = bytes(area.backing.read(area.layout.table_offsets(group)[0], TABLE_SIZE))
-        except OSError:
-            return
-        sectors = np.frombuffer(table, dtype=SECTOR_DTYPE)
+    def _look_for_leftovers(
+        self,
+        area: DiffArea,
+        group: int,
+        living: tuple[Keys, npt.NDArray[np.uint64], Slots],
+        kinds: dict[str, list[int]],
+    ) -> None:
+        table = area.read_table(area.layout.table_offsets(group)[0])
         first = group * SECTORS_PER_GROUP
-        valid = [
-            sector_is_valid(memoryview(table)[at : at + SECTOR_SIZE], area.area_id, first + number)
-            for number, at in enumerate(range(0, TABLE_SIZE, SECTOR_SIZE))
-        ]
-        entries = sectors["entries"].reshape(-1)
-        used = (entries["block"] & np.uint64(IN_USE)) != 0
-        places = np.flatnonzero(used & np.repeat(np.array(valid), SLOTS_PER_SECTOR))
+        for number, at in enumerate(range(0, TABLE_SIZE, SECTOR_SIZE)):
+            part = slice(at, at + SECTOR_SIZE)
+            if not sector_is_valid(memoryview(table)[part], area.area_id, first + number):
+                image = area.known_sector(first + number)
+                table[part] = image.data if image else bytes(SECTOR_SIZE)
+        entries = np.frombuffer(table, dtype=SECTOR_DTYPE)["entries"].reshape(-1)
+        places = np.flatnonzero((entries["block"] & np.uint64(IN_USE)) != 0)
+        free = [_is_free(area, first * SLOTS_PER_SECTOR + place) for place in places.tolist()]
+        places = places[np.array(free, dtype=bool)]
         slots = places + first * SLOTS_PER_SECTOR
         blocks = entries["block"][places] & np.uint64(BLOCK_MASK)
         epochs = entries["epoch"][places].astype(np.uint64)
@@ -432,15 +402,16 @@ class Repair:
             | (blocks >= np.uint64(self._core.block_count))
         )
         possible = ~beyond & ~impossible
-        live_blocks, live_epochs, live_slots = area.index.living(
-            [point.number for point in self._core.points]
-        )
+        live_blocks, live_epochs, live_slots = living
         live = (live_blocks << np.uint64(EPOCH_BITS)) | live_epochs
         keys = (blocks << np.uint64(EPOCH_BITS)) | epochs
         at = np.minimum(live.searchsorted(keys), max(0, len(live) - 1))
         doubled = np.zeros(len(slots), dtype=bool)
         if len(live):
             doubled = possible & (live[at] == keys) & (live_slots[at] != slots)
+        for place in np.flatnonzero(doubled).tolist():
+            copy = int(blocks[place]), int(epochs[place])
+            self._doubled.setdefault(copy, []).append(int(slots[place]))
         for kind, chosen in (
             ("descriptors of slots beyond the end", beyond),
             ("descriptors of blocks or epochs that cannot be", impossible),
@@ -448,6 +419,16 @@ class Repair:
         ):
             if chosen.any():
                 kinds.setdefault(kind, []).extend(slots[chosen].tolist())
+
+
+def _is_free(area: DiffArea, slot: int) -> bool:
+    return slot >= len(area.slots) or not area.slots.is_taken(slot)
+
+
+def _cut_off(area: DiffArea) -> None:
+    area.trim()
+    if area.backing.size() > area.allocated:
+        raise OSError(errno.EIO, "the file could not be cut")
 
 
 def _mend_superblock(area: DiffArea, offset: int) -> None:

@@ -101,6 +101,12 @@ class Resize:
             )
         if area.damaged_sectors:
             raise VsnapError(f"the diff area of volume {core.name} is damaged and cannot shrink")
+        if any(slot >= target for slot in area.unknown_slots):
+            raise VsnapError(
+                f"volume {core.name} cannot shrink its diff area now: what a failed write left in "
+                "it is not known",
+                hint="Unmount it and mount it again, then try once more.",
+            )
         # Moving writes descriptors: a crash from here on is an unclean stop, and checked as one.
         await core.mark_in_use()
         try:

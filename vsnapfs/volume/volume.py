@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
 from . import giveup, repair
+from .account import Account, state_problem
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
@@ -50,7 +51,7 @@ class Volume:
         self.mountpoint = mountpoint
         self.warnings = list(opened.warnings)
         #: What opening has brought back or found, as `repair` tells it.
-        self.account = repair.Account(opened)
+        self.account = Account(opened)
         self.protection = Protection(core, opened.saved)
         self.room = Room(core)
         self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
@@ -171,6 +172,8 @@ class Volume:
         elif opened.fault is not None:
             if area is not None:
                 self._remember_preserved(area)
+            if opened.report is not None:
+                self._log_healed(text for text in opened.report.healed if "superblock" not in text)
             await self._offline_at_open(opened.fault)
 
     def _remember_preserved(self, area: DiffArea) -> None:
@@ -183,8 +186,7 @@ class Volume:
         assert report is not None
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
-        for what in report.healed:
-            core.log.log("vsnapfs", 1041, volume=core.name, what=what)
+        self._log_healed(report.healed)
         if report.unclean:
             core.log.log(
                 "vsnapfs",
@@ -203,6 +205,10 @@ class Volume:
                 await in_thread(core.need_area().trim)
             self.account.superblock_is_healed()
 
+    def _log_healed(self, healed: Iterable[str]) -> None:
+        for what in healed:
+            self.log.log("vsnapfs", 1041, volume=self.core.name, what=what)
+
     async def _heal_state(self) -> None:
         """Write a state file anew of which a copy was missing, bad or older than the other."""
         protection = self.protection
@@ -211,12 +217,12 @@ class Volume:
             if not wrong:
                 return
             await in_thread(protection.save_as_it_is)
-            bad = self.account.state_is_healed(wrong)
-            for what in bad:
-                self.log.log("vsnapfs", 1041, volume=self.core.name, what=what)
+            self._log_healed(self.account.state_is_healed(wrong))
 
     async def _offline_at_open(self, error: FaultError) -> None:
-        """Go offline by a fault found at open; one that is already recorded is not logged again."""
+        """Go offline by a fault found at open. One that is already recorded is not logged again;
+        another one beside it does not replace it, but is told.
+        """
         protection = self.protection
         known = protection.fault
         missing = error.code is FaultCode.DIFF_AREA_MISSING
@@ -225,6 +231,7 @@ class Volume:
             # `offline` of the administrator.
             if known is None or known.code is not error.code:
                 protection.trouble = error.message
+                self.log.log("vsnapfs", 1091, volume=self.core.name, reason=error.message)
             if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
                 self.core.area_is_stale = True
             return
@@ -276,6 +283,7 @@ class Volume:
             return
         try:
             await self._restore.go_on()
+            self.account.restore_is_finished()
         except (FaultError, OSError, VsnapError) as error:
             await self.protection.trip(as_fault(error))
         except trio.TooSlowError:
@@ -445,14 +453,15 @@ class Volume:
         if area is None:
             reason = self.protection.trouble or "its diff area could not be opened"
             hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
-        elif area.damaged_sectors or area.backing.size() < area.superblock.allocated:
+        elif area.damaged_sectors:
             reason = "its diff area is damaged beyond repair, new copies could hide old ones"
             hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
         elif core.area_is_stale:
             reason = "somebody else has written to its diff area"
-            hint = (
-                f"Unmount and mount again to read it anew, then verify. If it is lost, {give_up}."
-            )
+            hint = f"Unmount and mount it again to read it anew, verify. If it is lost, {give_up}."
+        elif area.backing.size() < area.superblock.allocated:
+            reason = "the file of its diff area has been cut short"
+            hint = "'vsnapfs repair' reserves the space again; only copies that lay there are lost."
         if reason:
             raise VsnapError(
                 f"volume {core.name} cannot come online: {reason}",
@@ -488,7 +497,7 @@ class Volume:
 
     async def _state_problems(self) -> list[dict[str, Any]]:
         wrong = await in_thread(self.protection.check_state)
-        return [repair.state_problem(offset, text) for offset, text in wrong]
+        return [state_problem(offset, text) for offset, text in wrong]
 
     async def repair(
         self, *, dry_run: bool = False, progress: Progress | None = None
