@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ from house import (
     mounts,
     run,
 )
+
+from vsnapfs.volume.ring import NO_ID, SharedMemory
 
 IN_CI = os.environ.get("CI") == "true"
 TIME_LIMIT = 120.0
@@ -71,6 +74,16 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "needs_loop": missing_for_loop,
     "needs_fio": missing_for_fio,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A volume that is killed and never opened again leaves its write buffer in shared memory."""
+    yield
+    for config in tmp_path_factory.getbasetemp().rglob("volume.toml"):
+        found = re.search(r'^volume-id = "([0-9a-f]{32})"$', config.read_text(), re.MULTILINE)
+        if found:
+            SharedMemory().keep_only(NO_ID, bytes.fromhex(found[1]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

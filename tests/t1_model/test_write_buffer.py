@@ -53,7 +53,8 @@ class Run:
         self.rig = Rig(size=SIZE, maximum=1 << 20, buffer=RING, seed=number * 1000)
         self.model = Model(SIZE)
         self.flight: list[tuple[int, bytes]] = []
-        self.creating = False
+        #: What a point that is being created holds.
+        self.creating: bytes | None = None
         self.restoring: int | None = None
         self.deleting: int | None = None
         self.counter = 0
@@ -109,11 +110,11 @@ class Run:
         self.flight.clear()
 
     async def create(self, volume: Volume) -> None:
-        self.creating = True
+        self.creating = bytes(self.model.content)
         point = await volume.create_point()
-        self.model.points[point.number] = bytes(self.model.content)
+        self.model.points[point.number] = self.creating
         self.model.synced()
-        self.creating = False
+        self.creating = None
 
     async def read(self, volume: Volume, offset: int, length: int) -> None:
         handle = volume.open_replica()
@@ -124,10 +125,6 @@ class Run:
     async def compare(self, volume: Volume) -> None:
         assert volume.protection.is_online
         found = await read_points(volume)
-        if self.creating and len(found) > len(self.model.points):
-            found.popitem()
-        if self.deleting not in found:
-            self.model.points.pop(self.deleting, None)  # type: ignore[arg-type]
         assert found == self.model.points
         assert await read_replica(volume) == self.model.content
         assert acknowledged(self.rig, volume) == self.model.content
@@ -164,6 +161,12 @@ def play(number: int, todo: list[Step], after: int | None, how: str) -> None:
 async def learn(run: Run, volume: Volume) -> None:
     """After the end: what was under way may have been done, everything else is exact."""
     model, found = run.model, bytearray(acknowledged(run.rig, volume))
+    live = [point.number for point in volume.points]
+    if run.creating is not None and live and live[-1] not in model.points:
+        model.points[live[-1]] = run.creating
+    if run.deleting is not None and run.deleting not in live:
+        del model.points[run.deleting]
+    run.creating = run.deleting = None
     if run.restoring is not None:
         if found == model.points[run.restoring]:
             model.content, model.unsynced = found, {}

@@ -64,10 +64,13 @@ class DiffArea(AreaStore):
         replica_size: int,
         maximum: int,
         epoch: int = 0,
+        ring: bytes = bytes(16),
+        boot: bytes = bytes(16),
     ) -> DiffArea:
         """Make an empty diff area of at most `maximum` bytes in `backing`.
 
-        epoch: numbers up to it were used by an earlier area of this volume. UsageError if the
+        epoch: numbers up to it were used by an earlier area of this volume. ring, boot: the write
+        buffer in use, as in `Superblock`. UsageError if the
         size is impossible, OSError (ENOSPC, EOPNOTSUPP, …) if the host does not give the space.
         """
         layout = Layout(block_size)
@@ -88,6 +91,8 @@ class DiffArea(AreaStore):
             maximum=maximum,
             allocated=allocated,
             epoch=epoch,
+            ring=ring,
+            boot=boot,
         )
         # An old superblock must not be found while the tables below are only half written, and a
         # file in which there is none must show, after a stop, that it is ours to make anew.

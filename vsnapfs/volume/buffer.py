@@ -105,6 +105,8 @@ class WriteBuffer:
             if self.ring is not None or self.reason or store is None:
                 return
             try:
+                # Whatever is there was never named, or has been carried out.
+                await in_thread(store.keep_only, NO_ID, core.volume_id)
                 ring = await in_thread(store.make, self._size, core.volume_id)
             except OSError as error:
                 self._give_up(f"no shared memory for it: {error.strerror or error}")
@@ -128,14 +130,12 @@ class WriteBuffer:
         An Error event says so if that is lost though the machine has been up all the time.
         """
         core, store, area = self._core, self._store, self._core.area
-        if area is None or store is None:
+        if area is None or store is None or area.is_old:
             return
         named, problem = area.superblock.ring, "it is gone"
         if area.superblock.boot != store.boot:
             # The machine has been down since: nothing but what was flushed was promised.
             named = NO_ID
-        if not core.dry_run:
-            await in_thread(store.keep_only, named, core.volume_id)
         if named == NO_ID:
             return
         try:
@@ -170,7 +170,7 @@ class WriteBuffer:
 
     def remove(self) -> None:
         """In a worker thread: the superblock names no ring any more."""
-        if self.ring is not None and self._store is not None and not self._core.dry_run:
+        if self._store is not None and not self._core.dry_run:
             self._store.keep_only(NO_ID, self._core.volume_id)
 
     async def give_up(self) -> None:

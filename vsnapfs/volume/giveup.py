@@ -19,6 +19,7 @@ from ..diffarea.recovery import read_superblock
 from ..diffarea.superblock import unfinished
 from ..errors import FaultError, FormatError, VsnapError
 from .core import in_thread
+from .ring import NO_ID
 
 if TYPE_CHECKING:
     from .volume import Volume
@@ -45,7 +46,6 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
         )
     points = [point.number for point in core.points]
     restoring = old.superblock.restoring if old else 0
-    boot = volume.buffer.boot
     epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
     try:
         # A growth that was too slow (fault 9) ends first: it would write into the new area.
@@ -61,9 +61,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
                     volume.buffer.forget_slots()
                     volume.room.promised.clear()
-                    area.relaxed, area.boot = core.durability == "process", boot
-                    if volume.buffer.ring is not None:
-                        await core.commit(ring=volume.buffer.ring.ring_id)
+                    area.relaxed = core.durability == "process"
             except BaseException:
                 if backing is not None and (old is None or backing is not old.backing):
                     backing.close()  # So that the next try can lock it.
@@ -160,4 +158,8 @@ def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffA
         replica_size=core.size,
         maximum=maximum,
         epoch=epoch,
+        # What was acknowledged and is still to be carried out belongs to the new area from its
+        # first moment on.
+        ring=volume.buffer.ring.ring_id if volume.buffer.ring else NO_ID,
+        boot=volume.buffer.boot,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import unicodedata
+from contextlib import suppress
 from dataclasses import replace
 
 import trio
@@ -115,6 +116,10 @@ class Points:
                     errno=errno.ETIMEDOUT,
                     code="timeout",
                 ) from None
+        # An area from before this point, put back, must look old to the next opening (15). What
+        # was saved before the commit cannot say that.
+        with suppress(OSError):
+            await in_thread(protection.save)
         core.log.log("vsnapfs", 1010, volume=core.name, point=point.number, label=label)
         core.changed()
         return point
@@ -257,5 +262,6 @@ class Points:
             self.gone.update(numbers)
             area.index.compact([])
             core.preserved = BlockSet()
-            area.slots.keep_only(area.index.live_slots([]), also=self._room.promised)
+            also = (*self._room.promised, *area.unknown_slots)
+            area.slots.keep_only(area.index.live_slots([]), also=also)
         core.changed()
