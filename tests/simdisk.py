@@ -397,6 +397,7 @@ class SimBacking:
         self.path = Path("/sim") / name
         self.file = file
         self.is_device = file.is_device
+        self.is_concurrent = False
 
     def size(self) -> int:
         self.host.step(self, "size")
@@ -413,9 +414,6 @@ class SimBacking:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.read(offset, len(buffer))
-
-    def prefetch(self, offset: int, length: int) -> None:
-        return
 
     def write(self, offset: int, data: Bytes) -> None:
         content = bytes(data)

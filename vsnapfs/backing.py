@@ -53,6 +53,8 @@ class Backing(Protocol):
 
     path: Path
     is_device: bool
+    #: Whether several threads may read at a time.
+    is_concurrent: bool
 
     def size(self) -> int:
         """Bytes it holds now."""
@@ -68,10 +70,6 @@ class Backing(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`, or OSError."""
-        ...
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """The range is going to be read soon. A hint: never waits, never fails."""
         ...
 
     def write(self, offset: int, data: Bytes) -> None:
@@ -224,6 +222,7 @@ class FileBacking:
         """Take over an open, locked descriptor. Use `open` or `create`."""
         self.path = path
         self.is_device = is_device
+        self.is_concurrent = True
         self._fd = fd
         self._follow = follow
         self._nowait = os.RWF_NOWAIT if hasattr(os, "RWF_NOWAIT") else 0
@@ -289,11 +288,6 @@ class FileBacking:
                 raise OSError(errno.EIO, f"{self.path} ends before byte {offset}")
             buffer = buffer[count:]
             offset += count
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """See `Backing.prefetch`."""
-        with suppress(OSError):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def write(self, offset: int, data: Bytes) -> None:
         """See `Backing.write`."""

@@ -21,6 +21,7 @@ class Overlay:
     def __init__(self, path: Path, below: Backing | None) -> None:
         self.path = path
         self.is_device = below is not None and below.is_device
+        self.is_concurrent = False
         self._below = below
         self._size = below.size() if below is not None else 0
         #: Where the bytes of `below` end: not beyond what has been cut off since.
@@ -61,9 +62,6 @@ class Overlay:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Backing.read_into`."""
         buffer[:] = self.read(offset, len(buffer))
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """Nothing to do."""
 
     def write(self, offset: int, data: Bytes) -> None:
         """Remember it."""

@@ -267,7 +267,8 @@ class SharedMemory:
         fd = os.open(path, flags, 0o600)
         try:
             fallocate(fd, 0, size)
-            memory = mmap.mmap(fd, size)
+            # Touched now, not by the writes: the first round would cost a page fault each 4 KiB.
+            memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError):
             os.unlink(path)
             raise

@@ -305,6 +305,7 @@ class Volume:
             self._stop.set()
             await self._stopped.wait()
             self.buffer.close()
+            await in_thread(self.writer.close)
             await in_thread(close_files, core)
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1002, volume=core.name)
