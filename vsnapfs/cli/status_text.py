@@ -109,6 +109,8 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("recovery points", _points(status)),
         ("on full", str(status.get("on_full", "?"))),
     ]
+    if status.get("fuse"):
+        listed.append(("requests", _requests(status["fuse"])))
     if status.get("restoring"):
         listed.append(("restoring", "yes: the replica cannot be opened until it is done"))
     if status.get("dead_mount"):
@@ -130,6 +132,14 @@ def _points(status: dict[str, Any]) -> str:
     if not number or not oldest or not latest:
         return str(number)
     return f"{number}, from {oldest[:19]}Z" + (f" to {latest[:19]}Z" if number != 1 else "")
+
+
+def _requests(fuse: dict[str, Any]) -> str:
+    """How requests come in, and how many the kernel keeps under way."""
+    loop = f"{fuse.get('loop', '?')} loop" + (f" ({fuse['note']})" if fuse.get("note") else "")
+    background = fuse.get("max_background")
+    many = "?" if background is None else background
+    return f"{loop}, {many} in the background, read-ahead {size(fuse.get('read_ahead'))}"
 
 
 def fault_facts(status: dict[str, Any]) -> list[tuple[str, str]]:

@@ -110,6 +110,7 @@ class Server:
         }
         self._lang = lang
         self._ready = ready
+        self._handlers: VolumeOperations | None = None
         self._session: Session | None = None
         self._loop_scope: trio.CancelScope | None = None
         self._loop_ended = trio.Event()
@@ -152,6 +153,7 @@ class Server:
     async def _serve(self, volume: Volume, control: ControlServer, outer: trio.Nursery) -> None:
         """From the mount to its end."""
         handlers = VolumeOperations(volume, shared=self._plan.shared, lang=self._lang)
+        self._handlers = handlers
         options = mount_options(self._plan.directory, self._plan.options)
         session = Session(handlers, self._plan.mountpoint, options)
         control.listen()
@@ -163,7 +165,7 @@ class Server:
             self._session = session
             self._ready(list(volume.warnings))
             with trio.CancelScope() as self._loop_scope:
-                await session.run()
+                await session.run(self._device)
         finally:
             self._loop_ended.set()
             session.close()
@@ -185,7 +187,12 @@ class Server:
 
     def _operations(self) -> dict[str, Operation]:
         stop = Operation("stop", self._stop, {"mountpoint": Param((str,), default=None)})
-        return OPERATIONS | {"stop": stop}
+        status = Operation("status", self._status, interruptible=True)
+        return OPERATIONS | {"stop": stop, "status": status}
+
+    async def _status(self, volume: Volume, _progress: Progress) -> dict[str, Any]:
+        """The operation `status`, with what the mounted tree knows besides."""
+        return volume.status() if self._handlers is None else self._handlers.status()
 
     async def _stop(
         self, _volume: Volume, _progress: Progress, *, mountpoint: str | None

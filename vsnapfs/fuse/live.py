@@ -4,7 +4,7 @@ Promises: status.json is one whole, valid JSON object for each opening, however 
 events.log only grows while mounted, and rendering costs only the events that are new. Of a long
 history it starts with the newest events and says so: a mount must not wait for years of log.
 
-Leaves the status' keys to the volume and an event's sentence to `events`.
+Leaves the status' keys to those who make it, and an event's sentence to `events`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import json
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from vsnapfs.config import shown
 from vsnapfs.errors import VsnapError
@@ -46,10 +47,10 @@ class Snapshot:
 
 
 class StatusFile:
-    """status.json of a volume."""
+    """status.json. status: called for each opening; a dict for JSON."""
 
-    def __init__(self, volume: Volume) -> None:
-        self._volume = volume
+    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
+        self._status = status
 
     def open(self) -> Snapshot:
         """The status of this moment, to be read at leisure."""
@@ -57,7 +58,7 @@ class StatusFile:
 
     def render(self) -> bytes:
         """The status as UTF-8 JSON with a final newline."""
-        text = json.dumps(self._volume.status(), indent=2, ensure_ascii=True)
+        text = json.dumps(self._status(), indent=2, ensure_ascii=True)
         return text.encode("ascii") + b"\n"
 
 

@@ -19,10 +19,11 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from vsnapfs.fuse import tree
@@ -60,18 +61,29 @@ class VolumeOperations(pyfuse3.Operations):
         self.tree = Tree(volume)
         self._volume = volume
         self._size = volume.size
-        self._status = StatusFile(volume)
+        self._status = StatusFile(self.status)
         self._events = EventsFile(volume, lang)
         self._root_mode = 0o755 if shared else 0o700
         self._uid = os.geteuid()
         self._gid = os.getegid()
         self._started_ns = time.time_ns()
         self._written_ns = self._last_written()
+        self.answered_init = trio.Event()
+        # Set by the session, which knows how requests come in.
+        self.session_figures: Callable[[], dict[str, Any]] = dict
         self._handles: dict[int, _Handle] = {}
         # File handle numbers are never used twice, so a late request cannot meet another's file.
         self._next_fh = 1
         # Handles whose length is the volume's, i.e. whose short reads would be a defect.
         self._images: set[int] = set()
+
+    def init(self) -> None:
+        """The kernel says hello. The answer is on its way before any other task runs."""
+        self.answered_init.set()
+
+    def status(self) -> dict[str, Any]:
+        """What status.json and `vsnapfs status` say: the volume's status and, as "fuse", ours."""
+        return self._volume.status() | {"fuse": self.session_figures()}
 
     def _last_written(self) -> int:
         """When the replica was written last before this mount, as far as its file tells."""

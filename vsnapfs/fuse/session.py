@@ -20,16 +20,20 @@ import string
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyfuse3
+import trio
 
 from vsnapfs.errors import VsnapError
+from vsnapfs.fuse.kernel import KernelLimits
+from vsnapfs.fuse.loop import Loop
 from vsnapfs.fuse.operations import VolumeOperations
 
 _SUBTYPE = "vsnapfs"
 _HARMLESS = frozenset((string.ascii_letters + string.digits + "/._-+@:=~").encode())
-# Requests in progress at one time. The kernel keeps 12 in its queue by default (max_background);
-# more tasks than can be fed cost nothing but their memory.
+# Requests in progress at one time, more than the kernel sends in the background (`kernel`), so that
+# some are left for those that somebody waits for. Tasks cost their memory only when there are any.
 _MAX_TASKS = 99
 
 
@@ -61,32 +65,50 @@ class Session:
         self._options = options
         self._open = False
         self._running = False
+        self._loop = Loop()
+        self._limits = KernelLimits("")
+        operations.session_figures = self.figures
+
+    def figures(self) -> dict[str, Any]:
+        """How requests come in, for `status`: the loop, and the kernel's limits as they are."""
+        kind = "polling" if self._loop.polling else "plain"
+        return {"loop": kind, "note": self._loop.note or None} | self._limits.as_they_are()
 
     def mount(self) -> None:
         """Mount. Requests wait in the kernel until `run`. VsnapError when it is refused."""
         said: list[str] = []
+        self._loop.install()
         try:
             with _stderr_into(said):
                 pyfuse3.init(self._operations, str(self._mountpoint), self._options)
         except Exception as exc:
+            self._loop.remove()
             reason = " ".join(" ".join(said).split()) or str(exc)
             raise VsnapError(
                 f"cannot mount on {self._mountpoint}: {reason}", code="mount-failed"
             ) from exc
         self._open = True
 
-    async def run(self) -> None:
+    async def run(self, device: str) -> None:
         """Answer requests until the mount is gone or `terminate` is called.
 
-        Requests in progress at that moment are answered first. OSError when the kernel's end
-        breaks. This is where polling the descriptor before parking will go: pyfuse3 has no hook
-        for it, so its module-level name `trio` would be replaced around this one call.
+        device: of the mount, "MAJOR:MINOR"; "" if it is not known. Requests in progress at the end
+        are answered first. OSError when the kernel's end breaks.
         """
+        self._limits = KernelLimits(device)
         self._running = True
         try:
-            await pyfuse3.main(max_tasks=_MAX_TASKS)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._raise_limits)
+                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                nursery.cancel_scope.cancel()
         finally:
             self._running = False
+
+    async def _raise_limits(self) -> None:
+        # With the answer to its hello the kernel sets them, too.
+        await self._operations.answered_init.wait()
+        self._limits.raise_them()
 
     def terminate(self) -> None:
         """Let `run` return once the requests in progress are answered. Harmless at any time."""
@@ -98,6 +120,7 @@ class Session:
         if self._open:
             self._open = False
             pyfuse3.close(unmount=True)
+            self._loop.remove()
 
 
 @contextmanager
