@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from vsnapfs.diffarea.bitmap import BlockSet
-from vsnapfs.diffarea.index import EPOCH_BITS, Index, Run, live_copies, make_run
+from vsnapfs.diffarea.index import EPOCH_BITS, Index, Run, RunBuilder, live_copies
 from vsnapfs.diffarea.slots import SlotMap
 
 BLOCKS = [0, 1, 2, 3, 4095, 4096, 2**34 - 1]
@@ -117,7 +117,10 @@ class IndexMachine(RuleBasedStateMachine):
 
 def test_the_index_reads_by_the_rule_whatever_happens() -> None:
     """add, fold, merge, move, compact, delete: every live point finds its copy, in any order."""
-    with mock.patch("vsnapfs.diffarea.index._MERGE_RATIO", 2):
+    with (
+        mock.patch("vsnapfs.diffarea.index._MERGE_RATIO", 2),
+        mock.patch("vsnapfs.diffarea.index._PIECE", 3),
+    ):
         run_state_machine_as_test(IndexMachine, settings=settings(stateful_step_count=30))
 
 
@@ -132,7 +135,8 @@ def test_a_copy_lives_if_some_point_reads_it(
 ) -> None:
     """live_copies, the rule by which slots are freed, equals asking every point for every block."""
     keys = sorted((block << EPOCH_BITS) | epoch for block, epoch in copies)
-    found = live_copies(np.array(keys, dtype=np.uint64), points).tolist()
+    with mock.patch("vsnapfs.diffarea.index._PIECE", 4):
+        found = live_copies(np.array(keys, dtype=np.uint64), points).tolist()
     wanted = []
     for key in keys:
         block, epoch = key >> EPOCH_BITS, key & (2**EPOCH_BITS - 1)
@@ -141,14 +145,50 @@ def test_a_copy_lives_if_some_point_reads_it(
     assert found == wanted
 
 
-def test_a_run_is_sorted_whatever_the_order_of_the_scan() -> None:
-    """Of two copies of one block and epoch the one that came first (the lower slot) is found."""
-    run = make_run(
-        np.array([7, 3, 7, 3], dtype=np.uint64),
-        np.array([1, 2, 1, 1], dtype=np.uint64),
-        np.array([10, 11, 12, 13], dtype=np.uint32),
+def _scanned(
+    blocks: int, descriptors: list[tuple[int, int] | None], groups: int, slots: int = 0
+) -> Run:
+    """What a scan makes of (block, epoch) by slot, fed in so many groups."""
+    builder = RunBuilder(blocks, slots or len(descriptors))
+    for part in np.array_split(np.arange(len(descriptors)), groups):
+        rows = [descriptors[slot] for slot in part]
+        builder.add(
+            np.array([row[0] if row else 2**48 - 1 for row in rows], dtype=np.uint64),
+            np.array([row[1] if row else 2**32 - 1 for row in rows], dtype=np.uint32),
+            np.array([row is not None for row in rows], dtype=bool),
+        )
+    return builder.finish()
+
+
+@given(
+    st.lists(
+        st.none() | st.tuples(st.integers(0, 5) | st.just(2**34 - 1), st.integers(1, 2**30 - 1))
+    ),
+    st.integers(1, 4),
+    st.sampled_from([0, 2**30, 2**32 - 1]),
+)
+def test_a_run_is_sorted_whatever_the_order_of_the_scan(
+    descriptors: list[tuple[int, int] | None], groups: int, slots: int
+) -> None:
+    """Sorted by block and epoch, the lower slot first; also where numbers need all their bits."""
+    with mock.patch("vsnapfs.diffarea.index._PIECE", 3):
+        run = _scanned(2**34, descriptors, groups, slots)
+    wanted = sorted(
+        ((row[0] << EPOCH_BITS) | row[1], slot) for slot, row in enumerate(descriptors) if row
     )
-    index = Index(Run(run.keys, run.slots))
+    assert list(zip(run.keys.tolist(), run.slots.tolist(), strict=True)) == wanted
+    for key, slot in wanted:
+        block, epoch = key >> EPOCH_BITS, key & (2**EPOCH_BITS - 1)
+        assert wanted[run.position(block, epoch, slot)] == (key, slot)
+        assert run.epochs_of(block).tolist() == [
+            k & (2**EPOCH_BITS - 1) for k, _ in wanted if k >> EPOCH_BITS == block
+        ]
+    assert run.epochs_of(6).tolist() == []
+
+
+def test_of_two_copies_of_one_block_and_epoch_the_lower_slot_is_found() -> None:
+    """An interrupted shrink leaves both; the first of the scan serves and the other is stale."""
+    index = Index(_scanned(8, [None] * 10 + [(7, 1), (3, 2), (7, 1), (3, 1)], 2))
     assert index.lookup(1, 7) == (1, 10)
     assert index.lookup(1, 3) == (1, 13)
     assert index.lookup(2, 3) == (2, 11)
@@ -266,22 +306,30 @@ def test_slots_come_in_ascending_runs() -> None:
 # --- blocks --------------------------------------------------------------------------------------
 
 block_numbers = st.one_of(
-    st.integers(0, 20), st.integers(4090, 4100), st.integers(0, 2**34), st.just(2**34 - 1)
+    st.integers(0, 20), st.integers(65530, 65540), st.integers(0, 2**34), st.just(2**34 - 1)
 )
 
 
-@given(st.lists(block_numbers, max_size=50), st.lists(block_numbers, max_size=50))
-def test_a_block_set_is_a_set(single: Sequence[int], many: list[int]) -> None:
-    """One by one or many at once, in any order, twice or not."""
+@given(
+    st.lists(block_numbers, max_size=50),
+    st.lists(block_numbers, max_size=50),
+    st.sampled_from([1, 5, 4096]),
+)
+def test_a_block_set_is_a_set(single: Sequence[int], many: list[int], sparse: int) -> None:
+    """One by one or many at once, in any order, twice or not, few in a page or a bitmap's worth."""
     blocks, model = BlockSet(), set(single) | set(many)
-    for block in single:
-        blocks.add(block)
-    blocks.update(np.array(many, dtype=np.uint64))
+    with mock.patch("vsnapfs.diffarea.bitmap._SPARSE", sparse):
+        for block in single[::2]:
+            blocks.add(block)
+        blocks.update(np.array(many, dtype=np.uint64))
+        for block in single[1::2]:
+            blocks.add(block)
+        blocks.update(np.array(many[::-1], dtype=np.uint64))
     assert len(blocks) == len(model)
     for block in model:
         assert block in blocks
         assert (block + 1 in blocks) == (block + 1 in model)
-    for first in (0, 4085, 2**34 - 5):
+    for first in (0, 65525, 2**34 - 5):
         wanted = [block for block in range(first, first + 20) if block not in model]
         assert blocks.missing(first, first + 19) == wanted
     blocks.clear()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
+from filefuzz import flip
 from powercuts import everything_kept, nothing_kept
 from rig import BLOCK, Rig, pattern, read_points, read_replica, write
 
-from vsnapfs.diffarea.layout import SLOTS_PER_GROUP, Layout
+from vsnapfs.diffarea import recovery
+from vsnapfs.diffarea.layout import SECTORS_PER_GROUP, SLOTS_PER_GROUP, Layout
+from vsnapfs.errors import FaultCode
 from vsnapfs.volume import Volume
 
 BLOCKS = 1000
@@ -41,8 +47,21 @@ def _rig(seed: int = 0) -> tuple[Rig, dict[int, bytes]]:
     return rig, points
 
 
-def test_points_over_the_seam_survive_any_end() -> None:
-    """Copies in both groups are found after a kill and after a power failure."""
+class _NoThreads(ThreadPoolExecutor):
+    """A machine without the memory for a thread."""
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, _NoThreads])
+def test_points_over_the_seam_survive_any_end(
+    monkeypatch: pytest.MonkeyPatch, pool: type[ThreadPoolExecutor] | None
+) -> None:
+    """Copies in both groups are found after a kill and after a power failure, whoever reads."""
+    if pool is not None:
+        monkeypatch.setattr(recovery, "ThreadPoolExecutor", pool)
+        monkeypatch.setattr(recovery, "_GROUPS_AT_ONCE", 1)
     rig, points = _rig()
 
     async def used(volume: Volume) -> int:
@@ -89,3 +108,31 @@ def test_shrinking_over_the_seam_and_growing_again(slots: int) -> None:
     rig.run(grow)
     rig.crashed(nothing_kept)
     rig.run(_exact, points)
+
+
+def test_a_bad_table_that_a_thread_has_read_is_told_by_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One copy of a sector of the second group is healed, both bad are fault 3."""
+    monkeypatch.setattr(recovery, "_GROUPS_AT_ONCE", 1)
+    rig, points = _rig()
+    rig.close()
+    first, twin = LAYOUT.sector_offsets(SECTORS_PER_GROUP + 3)
+    flip(rig, "area", first + 77, 0)
+
+    async def healed(volume: Volume) -> None:
+        found = [(where["sector"], where["copy"]) for where in volume.account.rot()]
+        assert found == [(SECTORS_PER_GROUP + 3, 0)]
+        await _exact(volume, points)
+
+    rig.run(healed)
+    rig.close()
+    flip(rig, "area", first + 77, 0)
+    flip(rig, "area", twin + 99, 0)
+
+    async def lost(volume: Volume) -> None:
+        assert volume.core.need_area().damaged_sectors == (SECTORS_PER_GROUP + 3,)
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code is FaultCode.META_DATA_CORRUPTION
+
+    rig.run(lost)

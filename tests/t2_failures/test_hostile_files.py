@@ -14,6 +14,7 @@ from unittest import mock
 
 import filefuzz
 import mutations
+import numpy as np
 import pytest
 import trio
 from filefuzz import flip, fresh, opened, poke, small_volume
@@ -26,7 +27,13 @@ from vsnapfs import config
 from vsnapfs.diffarea import area as area_module
 from vsnapfs.diffarea import recovery, verify
 from vsnapfs.diffarea.inspect import inspect_file
-from vsnapfs.diffarea.layout import SECTOR_SIZE, SUPERBLOCK_OFFSETS, SUPERBLOCK_SIZE, TABLE_SIZE
+from vsnapfs.diffarea.layout import (
+    SECTOR_SIZE,
+    SECTORS_PER_GROUP,
+    SUPERBLOCK_OFFSETS,
+    SUPERBLOCK_SIZE,
+    TABLE_SIZE,
+)
 from vsnapfs.errors import FaultCode, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.create import create_volume
@@ -56,7 +63,11 @@ def test_mutations_end_in_an_error_or_a_right_answer(bases: list[Base], part: in
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "lost descriptors hide nothing": (area_module.DiffArea, "may_trust", lambda *_: True),
     "copies are not checked": (area_module.DiffArea, "_describes", lambda *_: True),
-    "sectors are not checked": (recovery, "sector_is_valid", lambda *_: True),
+    "sectors are not checked": (
+        recovery,
+        "valid_sectors",
+        lambda *_: np.ones(SECTORS_PER_GROUP, dtype=bool),
+    ),
     "verify keeps quiet": (verify, "hidden_ranges", lambda *_: []),
     "the twin is not asked": (
         recovery._Scan,

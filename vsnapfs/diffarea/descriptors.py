@@ -15,6 +15,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from .layout import MAX_COUNTER, SECTOR_SIZE, SLOTS_PER_SECTOR
@@ -103,6 +104,21 @@ def sector_is_valid(data: memoryview, area_id: int, sector: int) -> bool:
         and barrier <= MAX_COUNTER
         and bool(check == xxhash.xxh3_64_intdigest(data[8:SECTOR_SIZE]))
     )
+
+
+def valid_sectors(table: bytearray, area_id: int, first: int) -> npt.NDArray[np.bool_]:
+    """`sector_is_valid` for each sector of a whole table; `first` is the number of its first."""
+    sectors = np.frombuffer(table, dtype=SECTOR_DTYPE)
+    view, digest = memoryview(table), xxhash.xxh3_64_intdigest
+    ends = range(SECTOR_SIZE, len(table) + 1, SECTOR_SIZE)
+    checks = np.array([digest(view[end - SECTOR_SIZE + 8 : end]) for end in ends], dtype=np.uint64)
+    good: npt.NDArray[np.bool_] = (
+        (sectors["check"] == checks)
+        & (sectors["sector"] == np.arange(first, first + len(sectors)))
+        & (sectors["area"] == np.uint64(area_id))
+        & (sectors["barrier"] <= np.uint64(MAX_COUNTER))
+    )
+    return good
 
 
 def empty_table(area_id: int, barrier: int, first_sector: int, count: int) -> bytes:

@@ -16,8 +16,9 @@ every change replaces `_state` as a whole or adds to `recent` only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ EPOCH_BITS = 30
 _EPOCH_MASK = (1 << EPOCH_BITS) - 1
 _FOLD_AT = 8192
 _MERGE_RATIO = 4
+#: Entries that a walk over a run looks at in one go, so that its temporary arrays stay small.
+_PIECE = 1 << 16
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 Keys = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.uint32]
@@ -37,15 +42,126 @@ class Run(NamedTuple):
     keys: Keys
     slots: Slots
 
+    def epochs_of(self, block: int) -> npt.NDArray[np.uint64]:
+        """The epochs of the copies of `block`, ascending."""
+        ends = np.array([block << EPOCH_BITS, block << EPOCH_BITS | _EPOCH_MASK], dtype=np.uint64)
+        first = self.keys.searchsorted(ends[0])
+        last = self.keys.searchsorted(ends[1], side="right")
+        return self.keys[first:last] & np.uint64(_EPOCH_MASK)
+
+    def position(self, block: int, epoch: int, slot: int) -> int:
+        """Where a copy that is in the run stands in it."""
+        position = int(self.keys.searchsorted(np.uint64(block << EPOCH_BITS | epoch)))
+        while self.slots[position] != slot:
+            position += 1
+        return position
+
 
 _EMPTY = Run(np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint32))
 
 
-def make_run(blocks: Keys, epochs: npt.NDArray[np.uint64], slots: Slots) -> Run:
-    """A run from three arrays of the same length, in any order."""
-    keys = (blocks << np.uint64(EPOCH_BITS)) | epochs
-    order = np.argsort(keys, kind="stable")
-    return Run(keys[order], slots[order])
+class RunBuilder:
+    """Sorts descriptors into a run as a scan finds them.
+
+    Millions of them: it takes 16 bytes a copy at its peak, where sorting rows by an index array
+    would take 32. Block and slot are packed into one number and sorted in place, which leaves the
+    copies of one block in the order of their slots; the epochs, kept by slot, then put right what
+    little is out of order.
+    """
+
+    def __init__(self, blocks: int, slots: int) -> None:
+        """blocks, slots: how many there are."""
+        bits = max(slots - 1, 1).bit_length()
+        self._bits = np.uint64(bits)
+        # Beyond 64 bits, with more than 4 TiB of 4 KiB blocks preserved, the plain way must do.
+        self._fits = bits + max(blocks - 1, 1).bit_length() <= 64
+        self._packed = _Pile(np.uint64)
+        self._epochs = _Pile(np.uint32)
+        self._slots = 0
+
+    def add(
+        self, blocks: Keys, epochs: npt.NDArray[np.uint32], used: npt.NDArray[np.bool_]
+    ) -> None:
+        """What the next `len(used)` slots hold; block and epoch count only where `used`."""
+        chosen = np.flatnonzero(used)
+        slots = chosen.astype(np.uint64) + np.uint64(self._slots)
+        self._slots += len(used)
+        if self._fits:
+            self._packed.add((blocks[chosen] << self._bits) | slots)
+            self._epochs.add(epochs)
+        else:
+            self._packed.add((blocks[chosen] << np.uint64(EPOCH_BITS)) | epochs[chosen])
+            self._epochs.add(slots.astype(np.uint32))
+
+    def finish(self) -> Run:
+        """The run; of two copies of one block and epoch the lower slot comes first."""
+        keys, epochs = self._packed.take(), self._epochs.take()
+        if not self._fits:
+            order = keys.argsort(kind="stable")
+            return Run(keys[order], epochs[order])
+        keys.sort()
+        slots = np.empty(len(keys), dtype=np.uint32)
+        mask = np.uint64((1 << int(self._bits)) - 1)
+        for piece in _pieces(len(keys)):
+            part, where = keys[piece], keys[piece] & mask
+            slots[piece] = where
+            part >>= self._bits
+            part <<= np.uint64(EPOCH_BITS)
+            part |= epochs[where.astype(np.int64)]
+        del epochs
+        start = 0
+        while start < len(keys):
+            end = min(start + _PIECE, len(keys))
+            if end < len(keys):  # A block's copies stay together.
+                last = int(keys[end]) | _EPOCH_MASK
+                end = int(keys.searchsorted(np.uint64(last), side="right"))
+            part = keys[start:end]
+            if (part[1:] < part[:-1]).any():
+                order = part.argsort(kind="stable")
+                keys[start:end] = part[order]
+                slots[start:end] = slots[start:end][order]
+            start = end
+        return Run(keys, slots)
+
+
+class _Pile:
+    """A growing array in pages of its own: growing moves pages, not bytes, and what is given up
+    goes back to the system (malloc keeps up to 64 MiB of what was freed once).
+    """
+
+    def __init__(self, dtype: type[np.uint64 | np.uint32]) -> None:
+        self._dtype = np.dtype(dtype)
+        self._pages: mmap.mmap | None = None
+        self._length = 0
+        self._parts: list[npt.NDArray[Any]] = []
+        self._waiting = 0
+
+    def add(self, part: npt.NDArray[Any]) -> None:
+        self._parts.append(np.ascontiguousarray(part))
+        self._waiting += len(part)
+        if self._waiting >= 4 * _PIECE:
+            self._move()
+
+    def _move(self) -> None:
+        start, size = self._length, self._dtype.itemsize
+        self._length += self._waiting
+        try:
+            if self._pages is None:
+                self._pages = mmap.mmap(-1, self._length * size, flags=_PRIVATE)
+            else:
+                self._pages.resize(self._length * size)
+        except OSError as error:
+            raise MemoryError("no memory for the index") from error
+        place = np.frombuffer(self._pages, self._dtype, self._waiting, start * size)
+        np.concatenate(self._parts, out=place)
+        self._parts, self._waiting = [], 0
+
+    def take(self) -> npt.NDArray[Any]:
+        """All of it. Nothing is left here."""
+        if self._waiting:
+            self._move()
+        pages, self._pages = self._pages, None
+        return np.empty(0, self._dtype) if pages is None else np.frombuffer(pages, self._dtype)
 
 
 class Index:
@@ -56,6 +172,8 @@ class Index:
         # recent: block → [epoch << 32 | slot, …] ascending
         self._state: tuple[tuple[Run, ...], dict[int, list[int]]] = (runs, {})
         self._recent_count = 0
+        #: The last `compact`: for which points, and the state it left.
+        self._compacted: tuple[list[int], object] = [], None
 
     def __len__(self) -> int:
         """How many copies are recorded, stale ones included."""
@@ -109,9 +227,22 @@ class Index:
 
     def blocks_since(self, epoch: int) -> Keys:
         """The blocks with a copy in `epoch` or later: sorted, unique, dtype uint64."""
+        return np.concatenate([_EMPTY.keys, *self.parts_since(epoch)])
+
+    def parts_since(self, epoch: int) -> Iterator[Keys]:
+        """`blocks_since` in parts, one after the other: together they can take much memory."""
         keys, _ = self._everything()
-        chosen = keys[(keys & np.uint64(_EPOCH_MASK)) >= np.uint64(epoch)]
-        return np.unique(chosen >> np.uint64(EPOCH_BITS))
+        last = -1
+        for piece in _pieces(len(keys)):
+            part = keys[piece]
+            blocks = part[(part & np.uint64(_EPOCH_MASK)) >= np.uint64(epoch)]
+            blocks >>= np.uint64(EPOCH_BITS)
+            first = np.ones(len(blocks), dtype=bool)
+            first[1:] = blocks[1:] != blocks[:-1]
+            if len(blocks):
+                first[0] = int(blocks[0]) != last
+                last = int(blocks[-1])
+            yield blocks[first]
 
     # -- changes ----------------------------------------------------------------------------------
 
@@ -141,6 +272,7 @@ class Index:
             merged.append(_merge(older, newer))
         self._state = (tuple(merged), {})
         self._recent_count = 0
+        self._compacted = [], None
 
     def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Copies moved: (block, epoch, new slot) each. No `add` may happen meanwhile."""
@@ -157,14 +289,16 @@ class Index:
             fresh[positions[inside]] = slots[inside]
             replaced.append(Run(run.keys, fresh))
         self._state = (tuple(replaced), {})
+        self._compacted = [], None
 
     def compact(self, points: Sequence[int]) -> None:
         """Keep only what the live `points` (ascending) can read. No `add` may happen meanwhile."""
         keys, slots = self._everything()
         kept = live_copies(keys, points)
-        run = Run(keys[kept], slots[kept])
+        run = Run(keys, slots) if kept.all() else Run(keys[kept], slots[kept])
         self._state = ((run,) if len(run.keys) else (), {})
         self._recent_count = 0
+        self._compacted = list(points), self._state
 
     # -- whole views ------------------------------------------------------------------------------
 
@@ -183,6 +317,9 @@ class Index:
     def live_slots(self, points: Sequence[int]) -> Slots:
         """The slots that the live `points` (ascending) can read."""
         keys, slots = self._everything()
+        known, state = self._compacted
+        if state is self._state and not self._recent_count and known == list(points):
+            return slots
         return slots[live_copies(keys, points)]
 
     def _everything(self) -> tuple[Keys, Slots]:
@@ -202,14 +339,23 @@ def live_copies(keys: Keys, points: Sequence[int]) -> npt.NDArray[np.bool_]:
     """
     if not len(keys) or not points:
         return np.zeros(len(keys), dtype=bool)
-    epochs = keys & np.uint64(_EPOCH_MASK)
     numbers = np.array(points, dtype=np.uint64)
-    owners = numbers.searchsorted(epochs, side="right")  # 0: older than every live point
-    blocks = keys >> np.uint64(EPOCH_BITS)
-    first = np.ones(len(keys), dtype=bool)
-    first[1:] = (blocks[1:] != blocks[:-1]) | (owners[1:] != owners[:-1])
-    result: npt.NDArray[np.bool_] = first & (owners > 0)
+    result = np.empty(len(keys), dtype=bool)
+    for piece in _pieces(len(keys)):
+        begin = max(piece.start - 1, 0)  # the one before decides whether the first is a first
+        part = keys[begin : piece.stop]
+        epochs = part & np.uint64(_EPOCH_MASK)
+        owners = numbers.searchsorted(epochs, side="right")  # 0: older than every live point
+        blocks = part >> np.uint64(EPOCH_BITS)
+        first = np.ones(len(part), dtype=bool)
+        first[1:] = (blocks[1:] != blocks[:-1]) | (owners[1:] != owners[:-1])
+        result[piece] = (first & (owners > 0))[piece.start - begin :]
     return result
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    for start in range(0, count, _PIECE):
+        yield slice(start, min(start + _PIECE, count))
 
 
 def _run_of(recent: dict[int, list[int]]) -> Run:
@@ -229,7 +375,12 @@ def _merge(older: Run, newer: Run) -> Run:
         return newer
     if not len(newer.keys):
         return older
-    keys = np.concatenate((older.keys, newer.keys))
-    # A stable sort of two sorted halves is one merge pass.
-    order = np.argsort(keys, kind="stable")
-    return Run(keys[order], np.concatenate((older.slots, newer.slots))[order])
+    # Where the newer ones go; among equal keys the older one stays first.
+    places = older.keys.searchsorted(newer.keys, side="right")
+    places += np.arange(len(places))
+    rest = np.ones(len(older.keys) + len(newer.keys), dtype=bool)
+    rest[places] = False
+    keys, slots = np.empty(len(rest), dtype=np.uint64), np.empty(len(rest), dtype=np.uint32)
+    keys[places], keys[rest] = newer.keys, older.keys
+    slots[places], slots[rest] = newer.slots, older.slots
+    return Run(keys, slots)

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import errno
 import heapq
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +36,11 @@ from .descriptors import (
     BLOCK_MASK,
     IN_USE,
     SECTOR_DTYPE,
+    Descriptor,
     SectorImage,
-    sector_is_valid,
+    valid_sectors,
 )
-from .index import Index, Slots, make_run
+from .index import Index, Run, RunBuilder
 from .layout import (
     HEADER_SIZE,
     SECTOR_SIZE,
@@ -53,6 +56,10 @@ from .superblock import Superblock, decode
 #: With more bad sectors (8 MiB of descriptors, twice) it is not opened: nothing much is left.
 _MOST_DAMAGED = 1 << 14
 _MOST_PROBLEMS = 1000
+#: Threads that fetch tables, and how many groups (128 KiB each) one of them takes at a time.
+_READERS, _GROUPS_AT_ONCE = 4, 4
+
+_Tables = list[tuple[int, bytearray, bytearray]]
 
 
 @dataclass
@@ -194,6 +201,8 @@ class _Scan:
         self.report = Report(unclean=not superblock.clean, healed=notes)
         self.heal: dict[int, SectorImage] = {}
         self.damaged: list[int] = []
+        #: The sectors of the newest barrier seen so far that mark something as fresh.
+        self.newest: dict[int, SectorImage] = {}
 
     def run(self) -> tuple[DiffArea, Report]:
         area, report = self.area, self.report
@@ -210,25 +219,23 @@ class _Scan:
                 f"the file has {self.end} bytes, "
                 f"{self.superblock.allocated} are allocated: it has been truncated"
             )
-        tables = self._load_tables()
+        run = self._scan_tables()
         area.slots.resize(self.present)
-        blocks, epochs, slots = self._descriptors(tables)
-        if report.unclean and len(tables):
-            keep = self._check_newest(tables, blocks, epochs, slots)
-            blocks, epochs, slots = blocks[keep], epochs[keep], slots[keep]
+        area.barrier_number = max(self.superblock.barrier, report.barrier)
+        if report.unclean:
+            run = self._check_newest(run)
         if self.is_cut:  # The first of those that are gone stands for all of them.
             self.damaged.append(-(-self.present // SLOTS_PER_SECTOR))
         area.damaged_sectors = tuple(self.damaged)
         report.problems += [
             f"descriptor sector {s}: both copies are bad" for s in self.damaged[:_MOST_PROBLEMS]
         ]
-        # Of two copies of one block and epoch (a shrink was interrupted) the lower slot stays:
-        # `make_run` sorts stably and `slots` ascends.
-        area.index = Index(make_run(blocks, epochs, slots.astype(np.uint32)))
+        # Of two copies of one block and epoch (a shrink was interrupted) the lower slot stays.
+        area.index = Index(run)
+        del run
         points = [point.number for point in self.superblock.points]
-        live: Slots = area.index.live_slots(points)
         area.index.compact(points)
-        area.slots.take(live)
+        area.slots.take(area.index.live_slots(points))
         self._keep_slots_of_damage()
         if self.heal and not area.is_old:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
@@ -237,45 +244,79 @@ class _Scan:
 
     # -- reading the tables -----------------------------------------------------------------------
 
-    def _load_tables(self) -> npt.NDArray[np.void]:
-        """All sectors of the area in one array, damaged ones blanked."""
-        layout = self.area.layout
-        parts: list[npt.NDArray[np.void]] = []
-        for group in range(layout.groups_of(self.present)):
-            first, twin = (self.area.read_table(at) for at in layout.table_offsets(group))
-            table = self._choose(group, first, twin)
-            parts.append(np.frombuffer(table, dtype=SECTOR_DTYPE))
-        if not parts:
-            return np.empty(0, dtype=SECTOR_DTYPE)
-        tables: npt.NDArray[np.void] = np.concatenate(parts)
-        self.report.barrier = int(tables["barrier"].max())
-        self.area.barrier_number = max(self.superblock.barrier, self.report.barrier)
-        return tables
+    def _scan_tables(self) -> Run:
+        """All descriptors in use, sorted; the rest of what the tables tell in `self`."""
+        count = -(-self.superblock.replica_size // self.superblock.block_size)
+        builder = RunBuilder(count, self.present)
+        for group, first, twin in self._tables():
+            table = np.frombuffer(self._choose(group, first, twin), dtype=SECTOR_DTYPE)
+            self._note_newest(group, table)
+            there = self.present - group * SLOTS_PER_GROUP  # at its end the area may be cut
+            blocks = table["entries"]["block"].reshape(-1)[:there]
+            epochs = table["entries"]["epoch"].reshape(-1)[:there]
+            in_use = blocks >= np.uint64(IN_USE)
+            blocks &= np.uint64(BLOCK_MASK)
+            # A descriptor of an epoch or block that cannot be is no copy of anything.
+            possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
+            builder.add(blocks, epochs, in_use & possible)
+        return builder.finish()
+
+    def _tables(self) -> Iterator[tuple[int, bytearray, bytearray]]:
+        """(group, first copy, twin) of each group, in order.
+
+        Of a large area they are fetched ahead by a few threads: they lie far apart, and a disk
+        takes its time for each of them.
+        """
+        groups = range(self.area.layout.groups_of(self.present))
+        parts = [groups[at : at + _GROUPS_AT_ONCE] for at in groups[::_GROUPS_AT_ONCE]]
+        if len(parts) <= 1:
+            for part in parts:
+                yield from self._read_groups(part)
+            return
+        pool = ThreadPoolExecutor(_READERS)
+        try:
+            ahead: deque[Future[_Tables]] = deque()
+            for part in parts:
+                try:
+                    ahead.append(pool.submit(self._read_groups, part))
+                except RuntimeError:  # There is no memory for a thread: slowly, then.
+                    done: Future[_Tables] = Future()
+                    done.set_result(self._read_groups(part))
+                    ahead.append(done)
+                if len(ahead) > _READERS:
+                    yield from ahead.popleft().result()
+            for future in ahead:
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read_groups(self, groups: range) -> _Tables:
+        offsets = self.area.layout.table_offsets
+        read = self.area.read_table
+        return [(group, read(offsets(group)[0]), read(offsets(group)[1])) for group in groups]
 
     def _choose(self, group: int, first: bytearray, twin: bytearray) -> bytearray:
         """The newest valid copy of each sector of a group."""
-        area_id, same = self.area.area_id, first == twin
+        same, start = first == twin, group * SECTORS_PER_GROUP
+        good = valid_sectors(first, self.area.area_id, start)
+        if same and good.all():
+            return first
+        twin_good = good if same else valid_sectors(twin, self.area.area_id, start)
         view, other = memoryview(first), memoryview(twin)
         for index in range(SECTORS_PER_GROUP):
-            sector = group * SECTORS_PER_GROUP + index
+            sector = start + index
             part = slice(index * SECTOR_SIZE, (index + 1) * SECTOR_SIZE)
-            good = sector_is_valid(view[part], area_id, sector)
-            if same or first[part] == twin[part]:
-                if not good:
-                    self._lost(sector, view[part])
-                continue
-            twin_good = sector_is_valid(other[part], area_id, sector)
-            if not good and not twin_good:
+            if not good[index] and not twin_good[index]:
                 self._lost(sector, view[part])
-                continue
-            if good and twin_good:
-                self.report.differing += 1
-            else:
-                self._note_rot(sector, int(good))
-            newer = SectorImage(twin[part]).barrier > SectorImage(first[part]).barrier
-            if twin_good and (not good or newer):
-                view[part] = other[part]
-            self.heal[sector] = SectorImage(bytearray(view[part]))
+            elif first[part] != twin[part]:
+                if good[index] and twin_good[index]:
+                    self.report.differing += 1
+                else:
+                    self._note_rot(sector, int(good[index]))
+                newer = SectorImage(twin[part]).barrier > SectorImage(first[part]).barrier
+                if twin_good[index] and (not good[index] or newer):
+                    view[part] = other[part]
+                self.heal[sector] = SectorImage(bytearray(view[part]))
         return first
 
     def _note_rot(self, sector: int, copy: int) -> None:
@@ -296,63 +337,63 @@ class _Scan:
                 )
         part[:] = bytes(SECTOR_SIZE)
 
-    def _descriptors(
-        self, tables: npt.NDArray[np.void]
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """(blocks, epochs, slots) of all descriptors in use, slots ascending."""
-        entries = tables["entries"].reshape(-1)[: self.present]
-        slots = np.flatnonzero(entries["block"] & np.uint64(IN_USE)).astype(np.uint64)
-        chosen = entries[slots.astype(np.int64)]
-        blocks = chosen["block"] & np.uint64(BLOCK_MASK)
-        epochs = chosen["epoch"].astype(np.uint64)
-        # A descriptor of an epoch or block that cannot be is no copy of anything.
-        count = -(-self.superblock.replica_size // self.superblock.block_size)
-        possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
-        return blocks[possible], epochs[possible], slots[possible]
+    def _note_newest(self, group: int, table: npt.NDArray[np.void]) -> None:
+        """Remember what the check of the newest barrier will need."""
+        barriers = table["barrier"]
+        newest = int(barriers.max())
+        if newest > self.report.barrier:
+            self.report.barrier = newest
+            self.newest.clear()
+        if newest == self.report.barrier:
+            chosen = (barriers == np.uint64(newest)) & (table["fresh"] != 0)
+            for index in np.flatnonzero(chosen).tolist():
+                image = SectorImage(bytearray(table[index].tobytes()))
+                self.newest[group * SECTORS_PER_GROUP + index] = image
 
     # -- after an unclean stop --------------------------------------------------------------------
 
-    def _check_newest(
-        self,
-        tables: npt.NDArray[np.void],
-        blocks: npt.NDArray[np.uint64],
-        epochs: npt.NDArray[np.uint64],
-        slots: npt.NDArray[np.uint64],
-    ) -> npt.NDArray[np.bool_]:
-        """Which descriptors survive the check of the newest barrier."""
-        keep = np.ones(len(slots), dtype=bool)
-        newest = np.flatnonzero(tables["barrier"] == self.report.barrier)
-        fresh: set[int] = set()
-        for sector in newest:
-            mask = int(tables["fresh"][sector])
-            base = int(sector) * SLOTS_PER_SECTOR
-            fresh.update(base + place for place in range(SLOTS_PER_SECTOR) if mask >> place & 1)
-        failing: list[tuple[int, int]] = []
-        hashes = tables["entries"]["hash"]  # a view: tables can be large
-        for where in np.flatnonzero(np.isin(slots, np.array(sorted(fresh), dtype=np.uint64))):
-            slot = int(slots[where])
-            wanted = int(hashes[divmod(slot, SLOTS_PER_SECTOR)])
-            if self._hash_of_slot(slot) == wanted:
+    def _check_newest(self, run: Run) -> Run:
+        """Check the copies of the newest barrier. Returns the run of all that survive it."""
+        failing: list[tuple[int, Descriptor]] = []
+        for slot, descriptor in self._fresh():
+            if self._hash_of_slot(slot) == descriptor.hash:
                 self.report.kept += 1
             else:
-                failing.append((int(where), wanted))
-        others = _Kept(blocks, epochs, [row for row, _ in failing])
-        for row, wanted in failing:
-            slot, block, epoch = int(slots[row]), int(blocks[row]), int(epochs[row])
+                failing.append((slot, descriptor))
+        others = _Kept(run, {descriptor.block for _, descriptor in failing})
+        dropped: list[int] = []
+        for slot, (wanted, block, epoch) in failing:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
             # through to the replica, whatever that holds.
             last = others.newest(block) == epoch
             if others.count(block, epoch) > 1 or (last and self._hash_of_replica(block) == wanted):
-                keep[row] = False
+                dropped.append(run.position(block, epoch, slot))
                 others.remove(block, epoch)
                 self.report.dropped += 1
-                self._clear(slot, tables)
+                self._clear(slot)
             else:
                 self.report.damaged += 1
                 if len(self.report.problems) < _MOST_PROBLEMS:
                     text = f"block {block} of epoch {epoch}: its copy is damaged"
                     self.report.problems.append(text)
-        return keep
+        if not dropped:
+            return run
+        return Run(np.delete(run.keys, dropped), np.delete(run.slots, dropped))
+
+    def _fresh(self) -> Iterator[tuple[int, Descriptor]]:
+        """(slot, descriptor) of the copies that the newest barrier made, slots ascending."""
+        superblock = self.superblock
+        for sector, image in self.newest.items():
+            for place in range(SLOTS_PER_SECTOR):
+                slot, descriptor = sector * SLOTS_PER_SECTOR + place, image.get(place)
+                if (
+                    image.fresh >> place & 1
+                    and descriptor is not None
+                    and slot < self.present
+                    and 0 < descriptor.epoch <= superblock.epoch
+                    and descriptor.block * superblock.block_size < superblock.replica_size
+                ):
+                    yield slot, descriptor
 
     def _hash_of_slot(self, slot: int) -> int | None:
         size = self.superblock.block_size
@@ -371,9 +412,9 @@ class _Scan:
             return None
         return xxhash.xxh3_64_intdigest(data.ljust(size, b"\0"))
 
-    def _clear(self, slot: int, tables: npt.NDArray[np.void]) -> None:
+    def _clear(self, slot: int) -> None:
         sector, place = divmod(slot, SLOTS_PER_SECTOR)
-        image = self.heal.get(sector) or SectorImage(bytearray(tables[sector].tobytes()))
+        image = self.heal.get(sector) or self.newest[sector]
         fresh = image.fresh & ~(1 << place)
         image.put(place, None)
         # The number stays: as long as this is the newest barrier on disk, a stop in the middle
@@ -396,16 +437,11 @@ class _Scan:
 class _Kept:
     """How many copies of some blocks are kept, by epoch. Asking costs the same for any number."""
 
-    def __init__(
-        self, blocks: npt.NDArray[np.uint64], epochs: npt.NDArray[np.uint64], rows: list[int]
-    ) -> None:
+    def __init__(self, run: Run, blocks: Iterable[int]) -> None:
         self._counts: dict[int, Counter[int]] = {}
         self._newest: dict[int, list[int]] = {}  # heaps of negative epochs
-        chosen = np.isin(blocks, blocks[rows])
-        pairs = zip(blocks[chosen].tolist(), epochs[chosen].tolist(), strict=True)
-        for block, epoch in pairs:
-            self._counts.setdefault(block, Counter())[epoch] += 1
-        for block, counts in self._counts.items():
+        for block in blocks:
+            counts = self._counts[block] = Counter(run.epochs_of(block).tolist())
             self._newest[block] = [-epoch for epoch in counts]
             heapq.heapify(self._newest[block])
 

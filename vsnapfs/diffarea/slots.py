@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+_PIECE = 1 << 16
+
 
 class SlotMap:
     """The slots 0 … count-1 of the allocated area."""
@@ -64,8 +66,8 @@ class SlotMap:
     def take(self, slots: npt.NDArray[np.uint32]) -> None:
         """Mark slots that a scan found in use."""
         view = np.frombuffer(self._taken, dtype=np.uint8)
-        view[slots] = 1
-        self.in_use = int(view.sum())
+        _mark(view, slots)
+        self.in_use = int(np.count_nonzero(view))
 
     def release(self, slots: Iterable[int]) -> None:
         """Give slots back."""
@@ -77,12 +79,13 @@ class SlotMap:
     def keep_only(self, slots: npt.NDArray[np.uint32], also: Iterable[int] = ()) -> int:
         """Free all but `slots` and `also`. Returns how many became free."""
         before = self.in_use
-        view = np.zeros(len(self._taken), dtype=np.uint8)
-        view[slots] = 1
+        taken = bytearray(len(self._taken))
+        view = np.frombuffer(taken, dtype=np.uint8)
+        _mark(view, slots)
         for slot in also:
             view[slot] = 1
-        self._taken = bytearray(view.tobytes())
-        self.in_use = int(view.sum())
+        self._taken = taken
+        self.in_use = int(np.count_nonzero(view))
         self._cursor = 0
         return before - self.in_use
 
@@ -92,6 +95,8 @@ class SlotMap:
             if any(self._taken[count:]):
                 raise AssertionError("a slot that is cut off is still taken")
             del self._taken[count:]
+        elif not self._taken:
+            self._taken = bytearray(count)
         else:
             self._taken.extend(bytes(count - len(self._taken)))
         self._cursor = 0
@@ -104,3 +109,9 @@ class SlotMap:
             found.append(slot)
             slot = self._taken.find(1, slot + 1)
         return found
+
+
+def _mark(view: npt.NDArray[np.uint8], slots: npt.NDArray[np.uint32]) -> None:
+    # In pieces: numpy turns an array used as an index into one of 64 bits first.
+    for start in range(0, len(slots), _PIECE):
+        view[slots[start : start + _PIECE]] = 1

@@ -1,0 +1,1 @@
+"""How the cost of a volume grows: what `scripts/bench-growth` runs. Start at `__main__`."""
