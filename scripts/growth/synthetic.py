@@ -24,7 +24,6 @@ from vsnapfs.config import VolumePaths, load
 from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.descriptors import IN_USE, SECTOR_DTYPE
 from vsnapfs.diffarea.layout import (
-    MAX_AREA_SIZE,
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
     SLOTS_PER_GROUP,
@@ -81,7 +80,7 @@ def make_volume(
         area.barrier_number = groups * SECTORS_PER_GROUP // _SECTORS_PER_BARRIER + 1
         area.commit(
             allocated=size,
-            maximum=min(size * 4, MAX_AREA_SIZE),
+            maximum=size,
             epoch=points,
             points=tuple(
                 RecoveryPoint(number, _STARTED_NS + number * 10**9)

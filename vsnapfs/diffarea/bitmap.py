@@ -7,6 +7,7 @@ Roaring bitmap, Chambi and others 2016).
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left
 
@@ -82,6 +83,11 @@ class BlockSet:
     def clear(self) -> None:
         """Empty the set."""
         self._pages = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return sys.getsizeof(self._pages) + sum(map(sys.getsizeof, self._pages.values()))
 
     def __len__(self) -> int:
         """How many blocks are in the set."""

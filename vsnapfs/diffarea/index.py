@@ -179,6 +179,11 @@ class Index:
         """How many copies are recorded, stale ones included."""
         return sum(len(run.keys) for run in self._state[0]) + self._recent_count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory its runs take; the recent copies, at most a few thousand, not counted."""
+        return sum(run.keys.nbytes + run.slots.nbytes for run in self._state[0])
+
     # -- lookups ----------------------------------------------------------------------------------
 
     def lookup(self, point: int, block: int) -> tuple[int, int] | None:

@@ -20,8 +20,9 @@ from __future__ import annotations
 import errno
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,20 +249,22 @@ class _Scan:
         """All descriptors in use, sorted; the rest of what the tables tell in `self`."""
         count = -(-self.superblock.replica_size // self.superblock.block_size)
         builder = RunBuilder(count, self.present)
-        for group, first, twin in self._tables():
-            table = np.frombuffer(self._choose(group, first, twin), dtype=SECTOR_DTYPE)
-            self._note_newest(group, table)
-            there = self.present - group * SLOTS_PER_GROUP  # at its end the area may be cut
-            blocks = table["entries"]["block"].reshape(-1)[:there]
-            epochs = table["entries"]["epoch"].reshape(-1)[:there]
-            in_use = blocks >= np.uint64(IN_USE)
-            blocks &= np.uint64(BLOCK_MASK)
-            # A descriptor of an epoch or block that cannot be is no copy of anything.
-            possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
-            builder.add(blocks, epochs, in_use & possible)
+        # Closed in any case: no thread may still read when the file is closed.
+        with closing(self._tables()) as tables:
+            for group, first, twin in tables:
+                table = np.frombuffer(self._choose(group, first, twin), dtype=SECTOR_DTYPE)
+                self._note_newest(group, table)
+                there = self.present - group * SLOTS_PER_GROUP  # at its end the area may be cut
+                blocks = table["entries"]["block"].reshape(-1)[:there]
+                epochs = table["entries"]["epoch"].reshape(-1)[:there]
+                in_use = blocks >= np.uint64(IN_USE)
+                blocks &= np.uint64(BLOCK_MASK)
+                # A descriptor of an epoch or block that cannot be is no copy of anything.
+                possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
+                builder.add(blocks, epochs, in_use & possible)
         return builder.finish()
 
-    def _tables(self) -> Iterator[tuple[int, bytearray, bytearray]]:
+    def _tables(self) -> Generator[tuple[int, bytearray, bytearray], None, None]:
         """(group, first copy, twin) of each group, in order.
 
         Of a large area they are fetched ahead by a few threads: they lie far apart, and a disk

@@ -30,6 +30,11 @@ class SlotMap:
         return len(self._taken)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return len(self._taken)
+
+    @property
     def free(self) -> int:
         """How many of them can be reserved."""
         if self.limit is not None:

@@ -179,7 +179,8 @@ class Volume:
     def _remember_preserved(self, area: DiffArea) -> None:
         points = area.superblock.points
         if points:
-            self.core.preserved.update(area.index.blocks_since(points[-1].number))
+            for blocks in area.index.parts_since(points[-1].number):
+                self.core.preserved.update(blocks)
 
     async def _finish_recovery(self, opened: Opened) -> None:
         core, report = self.core, opened.report
