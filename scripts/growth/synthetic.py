@@ -133,10 +133,11 @@ def _table(
     sectors = np.arange(SECTORS_PER_GROUP, dtype=np.uint64) + np.uint64(group * SECTORS_PER_GROUP)
     table["area"] = area_id
     table["sector"] = sectors
-    table["barrier"] = sectors // np.uint64(_SECTORS_PER_BARRIER) + np.uint64(1)
     first = group * SLOTS_PER_GROUP
     slots = np.arange(first, first + SLOTS_PER_GROUP, dtype=np.uint64).reshape(-1, SLOTS_PER_SECTOR)
     used = slots < np.uint64(preserved)
+    barriers = sectors // np.uint64(_SECTORS_PER_BARRIER) + np.uint64(1)
+    table["barrier"] = np.where(used.any(axis=1), barriers, 0)
     entries = table["entries"]
     # Python's integers would not overflow, but numpy's might: step and slot stay below 2^32.
     entries["block"] = np.where(used, slots * np.uint64(step) % np.uint64(blocks) + IN_USE, 0)

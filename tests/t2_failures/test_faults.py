@@ -157,6 +157,16 @@ def test_a_mapping_that_is_refused_is_fault_5() -> None:
     scene.works()
 
 
+def test_an_index_there_is_no_memory_for_is_fault_4() -> None:
+    """MEMORY_ALLOCATION_FAILURE when its pages are refused; with memory all is well again."""
+    scene = Scene()
+    scene.rig.close()
+    with mock.patch("vsnapfs.diffarea.index.mmap", side_effect=OSError(errno.ENOMEM, "no")):
+        assert scene.fault == 4
+    scene.rig.close()  # The next process has the memory.
+    scene.works()
+
+
 # --- the area itself -----------------------------------------------------------------------------
 
 

@@ -16,8 +16,8 @@ every change replaces `_state` as a whole or adds to `recent` only.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ _MERGE_RATIO = 4
 #: Entries that a walk over a run looks at in one go, so that its temporary arrays stay small.
 _PIECE = 1 << 16
 
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PRIVATE = MAP_PRIVATE | MAP_ANONYMOUS
 
 Keys = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.uint32]
@@ -131,7 +131,7 @@ class _Pile:
 
     def __init__(self, dtype: type[np.uint64 | np.uint32]) -> None:
         self._dtype = np.dtype(dtype)
-        self._pages: mmap.mmap | None = None
+        self._pages: mmap | None = None
         self._length = 0
         self._parts: list[npt.NDArray[Any]] = []
         self._waiting = 0
@@ -147,7 +147,7 @@ class _Pile:
         self._length += self._waiting
         try:
             if self._pages is None:
-                self._pages = mmap.mmap(-1, self._length * size, flags=_PRIVATE)
+                self._pages = mmap(-1, self._length * size, flags=_PRIVATE)
             else:
                 self._pages.resize(self._length * size)
         except OSError as error:
