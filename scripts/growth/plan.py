@@ -95,13 +95,13 @@ class Measurement:
         """All steps, in the order in which they are to be run."""
         sizes = self.sizes
         found = [
-            Step(f"{count:,} preserved blocks", 6 + count / 2e5, partial(self.scale, count))
+            Step(f"{count:,} preserved blocks", 8 + count / 2.5e5, partial(self.scale, count))
             for count in sizes.preserved
         ]
         found += [
             Step(
                 f"a volume of {size // GIB} GiB, {count:,} preserved blocks",
-                2 + count / 3e5,
+                9 + count / 3e5,
                 partial(self.volume_size, count, size),
             )
             for size in sizes.volume_sizes
@@ -109,7 +109,7 @@ class Measurement:
             if count <= size // _BLOCK
         ]
         found.append(
-            Step(f"1 to {sizes.points} recovery points", sizes.points / 7 + 1, self.points)
+            Step(f"1 to {sizes.points} recovery points", sizes.points / 3 + 1, self.points)
         )
         found.append(Step("writes while the diff area grows", sizes.writes / 1200, self.writes))
         found += [
