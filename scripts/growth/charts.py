@@ -32,11 +32,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """How one axis is drawn. unit: what a tick's number is followed by; scale: divides values."""
+    """How one axis is drawn. binary: in powers of two, as sizes from 1 GiB on."""
 
     title: str
     log: bool = True
-    unit: str = ""
     binary: bool = False
 
 
@@ -78,20 +77,23 @@ def line_chart(
         at = up.place(aim[1])
         parts += [
             f'<line class="aim" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>',
-            _text(_WIDTH - _RIGHT - 4, at - 6, aim[0], "end"),
+            _text(_LEFT + 6, at - 6, aim[0]),
         ]
-    legend = _LEFT
+    legend, row = _LEFT, _HEIGHT - 34
     for number, line in enumerate(series):
         colour = _COLOURS[number % len(_COLOURS)]
         points = [(across.place(a), up.place(b)) for a, b in sorted(line.values)]
         path = " ".join(f"{a},{b}" for a, b in points)
         parts.append(f'<polyline class="line" stroke="{colour}" points="{path}"/>')
         parts += [f'<circle cx="{a}" cy="{b}" r="3" fill="{colour}"/>' for a, b in points]
+        width = 36 + 7 * len(line.name)
+        if legend + width > _WIDTH:
+            legend, row = _LEFT, row + 18
         parts += [
-            f'<rect x="{legend}" y="{_HEIGHT - 24}" width="12" height="12" fill="{colour}"/>',
-            _text(legend + 18, _HEIGHT - 14, line.name),
+            f'<rect x="{legend}" y="{row}" width="12" height="12" fill="{colour}"/>',
+            _text(legend + 18, row + 11, line.name),
         ]
-        legend += 36 + 7 * len(line.name)
+        legend += width
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -138,4 +140,4 @@ class _Scale:
             return f"{value / 2 ** (30 + 10 * power):g} {('GiB', 'TiB', 'PiB', 'EiB')[power]}"
         if self._axis.log and value >= 10000:
             return f"10^{round(math.log10(value))}"
-        return f"{value:g}{self._axis.unit}"
+        return f"{value:g}"

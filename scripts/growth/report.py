@@ -54,9 +54,9 @@ def charts(record: Record) -> dict[str, str]:
                 Series(name, [(row["preserved"], row[what][field] * 1e3) for row in rows])
                 for name, what, field in (
                     ("create", "create", "total"),
-                    ("writes held by it", "create_busy", "longest_write"),
+                    ("writes held by creating", "create_busy", "longest_write"),
                     ("delete", "delete_busy", "total"),
-                    ("writes held by it", "delete_busy", "longest_write"),
+                    ("writes held by deleting", "delete_busy", "longest_write"),
                 )
             ],
         )
@@ -232,7 +232,7 @@ def _aims(record: Record) -> list[str]:
                 f"{_per(row, 'rss'):.1f} and {_per(row, 'peak'):.1f} bytes a block",
             ),
             (
-                "creating a point beyond the replica's own sync, at any size here (four more syncs)",
+                "creating a point, beyond the replica's sync, at any size (4 more syncs)",
                 f"≤ {_CREATE_AIM:g} ms",
                 f"{_ms(min(creations))} to {_ms(max(creations))} ms",
             ),
