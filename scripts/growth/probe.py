@@ -264,6 +264,7 @@ async def writes(directory: Path, count: int) -> Figures:
 
     async def work(volume: Volume) -> Figures:
         await volume.create_point()
+        handle = volume.open_replica()
         generator = random.Random(3)  # noqa: S311
         area, started = volume.core.need_area(), time.perf_counter()
         parts = []
@@ -274,10 +275,14 @@ async def writes(directory: Path, count: int) -> Figures:
             for at in range(0, size * 10, size):
                 allocated = area.allocated
                 seconds = await _write_blocks(volume, order[at : at + size], depth)
+                # What was acknowledged may lie in the write buffer: now all of it is copied.
+                before = time.perf_counter()
+                await handle.flush()
                 parts.append(
                     {
                         "depth": depth,
                         "copies": len(area.index),
+                        "flush": time.perf_counter() - before,
                         "p50": percentile(seconds, 0.5),
                         "p99": percentile(seconds, 0.99),
                         "longest": max(seconds),

@@ -188,8 +188,8 @@ have run beside: look at the shapes, at CPU time, and at memory, which does not 
 hard disk pays a seek for each group of 2560 blocks when opened cold. The memory of the process
 counts all that opening brings in: below 100,000 blocks that is mostly a constant few megabytes.
 *Writes held* is the longest write seen by a writer that does nothing but one 4 KiB write after the
-other; after a creation that write must be preserved, too, and what it sees at quiet times is given
-beside it.
+other, over a few blocks; what it sees at quiet times is given beside it. Up to 64 points, the
+lookup in the section on their number is one in a dictionary: the copies have not been folded yet.
 """
 
 
@@ -328,15 +328,16 @@ def _points(record: Record) -> list[str]:
 
 def _writes(record: Record) -> list[str]:
     return [
-        "First writes of 4 KiB blocks in random order: one writer, then 16 at once.",
+        "First writes of 4 KiB blocks in random order, by one writer, then by 16 at once, until",
+        "they are acknowledged; and the flush after each tenth, which waits for all copies.",
         "",
         *_table(
-            ("depth", "preserved", "median ms", "p99 ms", "longest ms", "grown by MiB"),
+            ("depth", "preserved", "median ms", "p99 ms", "longest ms", "flush ms", "grown by MiB"),
             (
                 (
                     part["depth"],
                     f"{part['copies']:,}",
-                    *(_ms(part[field]) for field in ("p50", "p99", "longest")),
+                    *(_ms(part[field]) for field in ("p50", "p99", "longest", "flush")),
                     part["grown"] >> 20,
                 )
                 for part in record["writes"][0]["parts"]
