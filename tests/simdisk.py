@@ -415,6 +415,12 @@ class SimBacking:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.read(offset, len(buffer))
 
+    def prefetch(self, offset: int, length: int) -> None:
+        return
+
+    def begin_sync(self, offset: int, length: int) -> None:
+        return
+
     def write(self, offset: int, data: Bytes) -> None:
         content = bytes(data)
         try:

@@ -72,6 +72,14 @@ class Backing(Protocol):
         """Fill `buffer`, or OSError."""
         ...
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """The range is going to be read soon. A hint; may take as long as asking the disk does."""
+        ...
+
+    def begin_sync(self, offset: int, length: int) -> None:
+        """The range is going to be synced soon. A hint: promises nothing, and does not wait."""
+        ...
+
     def write(self, offset: int, data: Bytes) -> None:
         """Write all of `data`, or OSError (then any part may have been written)."""
         ...
@@ -119,6 +127,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def fallocate(fd: int, offset: int, length: int) -> None:
@@ -289,6 +301,11 @@ class FileBacking:
             buffer = buffer[count:]
             offset += count
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """See `Backing.prefetch`."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def write(self, offset: int, data: Bytes) -> None:
         """See `Backing.write`."""
         count = os.pwrite(self._fd, data, offset)
@@ -301,6 +318,11 @@ class FileBacking:
             if count == 0:
                 raise OSError(errno.EIO, f"{self.path}: nothing could be written at {offset}")
             rest = rest[count:]
+
+    def begin_sync(self, offset: int, length: int) -> None:
+        """See `Backing.begin_sync`."""
+        if _sync_file_range is not None:
+            _sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self) -> None:
         """See `Backing.sync`."""

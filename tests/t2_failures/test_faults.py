@@ -151,7 +151,7 @@ def test_a_mapping_that_is_refused_is_fault_5() -> None:
     """MAPPED_MEMORY_FAILURE when the copy buffer cannot be mapped."""
     scene = Scene()
     scene.rig.close()  # The next process has no buffer yet.
-    with mock.patch("vsnapfs.volume.writer.mmap.mmap", side_effect=OSError(errno.ENOMEM, "no")):
+    with mock.patch("vsnapfs.volume.copying.mmap.mmap", side_effect=OSError(errno.ENOMEM, "no")):
         params = scene.tripped(5, 6 * BLOCK, 10)
     assert params["errno"] == errno.ENOMEM
     scene.works()

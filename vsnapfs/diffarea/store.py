@@ -42,6 +42,7 @@ from .layout import (
 from .superblock import Superblock, check, decode
 
 _CACHED_SECTORS = 256
+_EARLY = 1 << 20
 
 
 class AreaStore:
@@ -233,6 +234,9 @@ class AreaStore:
                 end += 1
             try:
                 self.backing.write(offset, blocks[start * size : end * size])
+                if not self.relaxed and (end - start) * size >= _EARLY:
+                    # The disk writes it while the next ones are being copied.
+                    self.backing.begin_sync(offset, (end - start) * size)
             except OSError as error:
                 raise FaultError(
                     FaultCode.COW_WRITE_FAILURE,

@@ -21,6 +21,7 @@ Leaves the ring's layout to `ring`, copying to `writer`.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -333,6 +334,7 @@ class WriteBuffer:
                         break
                 if not records or self.stuck is not None:
                     return
+                self._prefetch(len(records))
                 error = await self.writer.preserve_acknowledged(
                     dict.fromkeys(b for record in records for b in self._blocks(record)),
                     self.slots,
@@ -345,6 +347,15 @@ class WriteBuffer:
                     self._to_preserve.popleft()
                     self._to_overwrite.append(record)
                 self._preserved.set()
+
+    def _prefetch(self, first: int) -> None:
+        """Have the old content fetched for the batch after this one, of `first` records."""
+        blocks: list[int] = []
+        for record in itertools.islice(self._to_preserve, first, None):
+            blocks += [block for block in self._blocks(record) if block in self.slots]
+            if len(blocks) * self._core.block_size >= _BATCH:
+                break
+        self.writer.copier.prefetch(blocks)
 
     async def _overwrite(self) -> None:
         """Carry out all records whose blocks are preserved."""

@@ -63,6 +63,12 @@ class Overlay:
         """See `Backing.read_into`."""
         buffer[:] = self.read(offset, len(buffer))
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Nothing to do."""
+
+    def begin_sync(self, offset: int, length: int) -> None:
+        """Nothing to do."""
+
     def write(self, offset: int, data: Bytes) -> None:
         """Remember it."""
         view, done = memoryview(data), 0

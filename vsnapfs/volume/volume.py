@@ -24,7 +24,7 @@ from ..diffarea.superblock import RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
-from . import giveup, repair
+from . import giveup, invariants, repair
 from .account import Account, state_problem
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
@@ -306,7 +306,7 @@ class Volume:
             self._stop.set()
             await self._stopped.wait()
             self.buffer.close()
-            await in_thread(self.writer.close)
+            await in_thread(self.writer.copier.close)
             await in_thread(close_files, core)
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1002, volume=core.name)
@@ -521,20 +521,4 @@ class Volume:
 
     def check_invariants(self) -> None:
         """AssertionError if index, slots, preserved blocks and sizes contradict each other."""
-        core, area = self.core, self.core.area
-        if area is None or core.area_lock.locked():
-            return
-        points = [point.number for point in core.points]
-        live = area.index.live_slots(points).tolist()
-        assert len(set(live)) == len(live), "two copies in one slot"
-        taken = set(area.slots.taken_from(0))
-        assert set(live) <= taken, "a live copy in a free slot"
-        extra = taken - set(live) - self.room.promised - set(area.unknown_slots)
-        assert not set(self.buffer.slots.values()) - self.room.promised, "a slot taken twice"
-        assert not extra, f"slots taken by nothing: {sorted(extra)[:5]}"
-        assert area.slots.in_use == len(taken)
-        assert area.used <= area.allocated <= area.maximum, "used ≤ allocated ≤ maximum"
-        if points:
-            newest = {int(block) for block in area.index.blocks_since(points[-1])}
-            assert all(block in core.preserved for block in newest)
-            assert len(core.preserved) == len(newest), "preserved blocks without a copy"
+        invariants.check(self)

@@ -19,26 +19,20 @@ from __future__ import annotations
 
 import enum
 import errno
-import mmap
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import trio
-import xxhash
 
 from ..backing import Bytes
 from ..diffarea.area import DiffArea
-from ..diffarea.descriptors import Descriptor
-from ..errors import FaultCode, FaultError
+from ..errors import FaultError
 from .buffer import LONGEST, WriteBuffer
+from .copying import Copier, runs_of, unexpected
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record
 from .room import Room
-
-_STAGING = 4 << 20
-_READERS = 4
 
 
 class _Way(enum.Enum):
@@ -72,11 +66,10 @@ class Writer:
         self._protection = protection
         self._room = room
         self._buffer = buffer
+        self.copier = Copier(core)
         buffer.writer = self
         self._open_batch: Batch | None = None
         self._on_the_way: dict[int, Batch] = {}
-        self._staging: mmap.mmap | None = None
-        self._readers: ThreadPoolExecutor | None = None
 
     async def write(self, session: int, offset: int, data: Bytes) -> None:
         """Write `data` at `offset`, all of it inside the replica.
@@ -162,8 +155,7 @@ class Writer:
         """Put a write into the buffer once nothing can refuse it any more."""
         core, buffer, protection = self._core, self._buffer, self._protection
         holes = core.no_holes.missing(first, last)
-        if holes:
-            await self.fill_holes(holes, offset, len(data))
+        if holes and await self.fill_holes(holes, offset, len(data)):
             return _LOOK_AGAIN
         if session != protection.session or not protection.is_online:
             raise await protection.refuse()
@@ -260,13 +252,13 @@ class Writer:
         core = self._core
         area = core.need_area()
         try:
-            await in_thread(self._copy, area, batch.blocks, batch.slots)
+            await in_thread(self.copier.copy, area, batch.blocks, batch.slots)
         except FaultError as error:
             batch.error = error
             area.slots.release(batch.slots)
         except Exception as error:  # noqa: BLE001 - W2: nobody may take this for a success
             area.unknown_slots += tuple(batch.slots)
-            batch.error = _unexpected(error, batch.blocks[0])
+            batch.error = unexpected(error, batch.blocks[0])
         else:
             try:
                 self._record(area, batch)
@@ -274,7 +266,7 @@ class Writer:
                 # Durable, but perhaps not known to readers: nothing of it may be overwritten.
                 # The slots are never given out; the next opening finds what they hold.
                 area.unknown_slots += tuple(batch.slots)
-                batch.error = _unexpected(error, batch.blocks[0])
+                batch.error = unexpected(error, batch.blocks[0])
         if batch.error is not None and core.config.on_full != "evict":
             self._protection.mark(
                 batch.error, offset=offset, length=length, needed=len(batch.blocks)
@@ -367,118 +359,21 @@ class Writer:
         if batch.error is not None:
             raise batch.error
 
-    def _copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """In a worker thread: read the old content, write the copies, one barrier for all."""
-        block: int | None = None
-        try:
-            if area.needs_rollback:
-                # A growth's sync failed: what it should have covered never came into use, and
-                # is no reason to refuse a copy (P2).
-                area.rollback()
-            staging = self._staging_area()
-            ordered = sorted(zip(blocks, slots, strict=True))
-            size, epoch = area.layout.block_size, area.superblock.epoch
-            at_once = max(1, len(staging) // size)
-            changes: dict[int, Descriptor | None] = {}
-            with memoryview(staging) as view:
-                for start in range(0, len(ordered), at_once):
-                    part = ordered[start : start + at_once]
-                    block = part[0][0]
-                    self._read_old([block for block, _ in part], view)
-                    for index, (block, slot) in enumerate(part):
-                        content = view[index * size : (index + 1) * size]
-                        changes[slot] = Descriptor(xxhash.xxh3_64_intdigest(content), block, epoch)
-                    area.write_copies([slot for _, slot in part], view[: len(part) * size])
-            block = None
-            area.barrier(changes)
-        except FaultError as error:
-            if error.block is None:
-                error.block = block if block is not None else min(blocks)
-            raise
-        except Exception as error:
-            # Nobody planned for this. Whatever it was, the points must not pay for it.
-            raise _unexpected(error, block) from error
-
-    def _staging_area(self) -> mmap.mmap:
-        if self._staging is None:
-            try:
-                self._staging = mmap.mmap(-1, max(_STAGING, self._core.block_size))
-            except (OSError, ValueError) as error:
-                raise FaultError(
-                    FaultCode.MAPPED_MEMORY_FAILURE,
-                    f"the copy buffer could not be mapped: {error}",
-                    errno=errno.ENOMEM,
-                ) from error
-        return self._staging
-
-    def _read_old(self, blocks: Sequence[int], view: memoryview) -> None:
-        """Read `blocks` (ascending) one after the other into `view`, a short last one padded.
-
-        Several threads share a long list: a disk answers many questions as fast as one, and a
-        machine in a virtual one pays for asking.
-        """
-        size = self._core.block_size
-        if len(blocks) < 2 * _READERS or not self._core.replica.is_concurrent:
-            self._read_part(blocks, view)
-            return
-        if self._readers is None:
-            self._readers = ThreadPoolExecutor(_READERS, "vsnapfs-reader")
-        share = -(-len(blocks) // _READERS)
-        starts = range(0, len(blocks), share)
-        reading = [
-            self._readers.submit(
-                self._read_part, blocks[at : at + share], view[at * size : (at + share) * size]
-            )
-            for at in starts[1:]
-        ]
-        try:
-            self._read_part(blocks[:share], view[: share * size])
-        finally:
-            wait(reading)  # They write into `view`, whatever happens here.
-        for part in reading:
-            part.result()
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._readers is not None:
-            self._readers.shutdown()
-
-    def _read_part(self, blocks: Sequence[int], view: memoryview) -> None:
-        core = self._core
-        size, start = core.block_size, 0
-        while start < len(blocks):
-            end = start + 1
-            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
-                end += 1
-            offset = blocks[start] * size
-            length = min((end - start) * size, core.size - offset)
-            try:
-                core.replica.read_into(offset, view[start * size : start * size + length])
-            except OSError as error:
-                raise FaultError(
-                    FaultCode.COW_READ_FAILURE,
-                    f"the old content of block {blocks[start]} could not be read: {error}",
-                    errno=error.errno or errno.EIO,
-                    block=blocks[start],
-                ) from error
-            rest = (end - start) * size - length
-            if rest:
-                view[start * size + length : end * size] = bytes(rest)
-            start = end
-
     # -- the replica itself ---------------------------------------------------------------------
 
-    async def fill_holes(self, blocks: Iterable[int], offset: int, length: int) -> None:
+    async def fill_holes(self, blocks: Iterable[int], offset: int, length: int) -> bool:
         """Make sure that writing `blocks` needs no new space from the host.
 
-        OSError (ENOSPC, EDQUOT, EIO): the replica's own trouble, no protection fault.
+        True if it had to wait for that, so that all may have changed. OSError (ENOSPC, EDQUOT,
+        EIO): the replica's own trouble, no protection fault.
         """
-        core = self._core
-        for first, last in _runs(blocks):
+        core, waited = self._core, False
+        for first, last in runs_of(blocks):
             start = first * core.block_size
             size = min((last + 1) * core.block_size, core.size) - start
             try:
                 if core.replica.has_hole(start, size):
+                    waited = True
                     await in_thread(core.replica.allocate, start, size)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -487,6 +382,7 @@ class Writer:
                 # The host cannot reserve (said when the volume was created): the write must do.
             for block in range(first, last + 1):
                 core.no_holes.add(block)
+        return waited
 
     def _replica_error(self, what: str, offset: int, length: int, error: OSError) -> None:
         self._core.log.log(
@@ -499,22 +395,3 @@ class Writer:
             errno=error.errno,
             reason=error.strerror or str(error),
         )
-
-
-def _unexpected(error: Exception, block: int | None) -> FaultError:
-    if isinstance(error, MemoryError):
-        text = "there is no memory for the copy"
-        code = FaultCode.MEMORY_ALLOCATION_FAILURE
-        return FaultError(code, text, errno=errno.ENOMEM, block=block)
-    return FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block)
-
-
-def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """Ascending blocks as (first, last) runs of neighbours."""
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1] = runs[-1][0], block
-        else:
-            runs.append((block, block))
-    return runs

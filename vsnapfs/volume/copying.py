@@ -1,0 +1,189 @@
+"""Copying old blocks into the diff area: read, hash, write, one barrier for all.
+
+Owns the buffer that the blocks pass through and the threads that fetch them. Runs in a worker
+thread, under `area_lock`; `prefetch` may be called at any time. Promises that whatever goes wrong
+is a FaultError that names the block (6: it cannot be read, 7: it cannot be written, 4 and 5: no
+memory, 11: anything else), and that nothing of the batch counts then.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import xxhash
+
+from ..diffarea.area import DiffArea
+from ..diffarea.descriptors import Descriptor
+from ..errors import FaultCode, FaultError
+from .core import Core
+
+_STAGING = 4 << 20
+_READERS = 4
+
+
+class Copier:
+    """Copies blocks of an open volume's replica."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._staging: mmap.mmap | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        #: No other threads: there is no memory for them, or the replica takes one at a time.
+        self._alone = not core.replica.is_concurrent
+
+    def copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Preserve `blocks` in `slots`, durably. FaultError."""
+        block: int | None = None
+        try:
+            if area.needs_rollback:
+                # A growth's sync failed: what it should have covered never came into use, and
+                # is no reason to refuse a copy (P2).
+                area.rollback()
+            staging = self._staging_area()
+            ordered = sorted(zip(blocks, slots, strict=True))
+            size, epoch = area.layout.block_size, area.superblock.epoch
+            at_once = max(1, len(staging) // size)
+            changes: dict[int, Descriptor | None] = {}
+            with memoryview(staging) as view:
+                for start in range(0, len(ordered), at_once):
+                    part = ordered[start : start + at_once]
+                    block = part[0][0]
+                    self._read_old([block for block, _ in part], view)
+                    for index, (block, slot) in enumerate(part):
+                        content = view[index * size : (index + 1) * size]
+                        changes[slot] = Descriptor(xxhash.xxh3_64_intdigest(content), block, epoch)
+                    area.write_copies([slot for _, slot in part], view[: len(part) * size])
+            block = None
+            area.barrier(changes)
+        except FaultError as error:
+            if error.block is None:
+                error.block = block if block is not None else min(blocks)
+            raise
+        except Exception as error:
+            # Nobody planned for this. Whatever it was, the points must not pay for it.
+            raise unexpected(error, block) from error
+
+    def _staging_area(self) -> mmap.mmap:
+        if self._staging is None:
+            try:
+                self._staging = mmap.mmap(-1, max(_STAGING, self._core.block_size))
+            except (OSError, ValueError) as error:
+                raise FaultError(
+                    FaultCode.MAPPED_MEMORY_FAILURE,
+                    f"the copy buffer could not be mapped: {error}",
+                    errno=errno.ENOMEM,
+                ) from error
+        return self._staging
+
+    def _read_old(self, blocks: Sequence[int], view: memoryview) -> None:
+        """Read `blocks` (ascending) one after the other into `view`, a short last one padded.
+
+        Several threads share a long list: a disk answers many questions as fast as one, and a
+        machine in a virtual one pays for asking.
+        """
+        size = self._core.block_size
+        pool = self._pool() if len(blocks) >= 2 * _READERS else None
+        if pool is None:
+            self._read_part(blocks, view)
+            return
+        share = -(-len(blocks) // _READERS)
+        starts = range(0, len(blocks), share)
+        reading = [
+            pool.submit(
+                self._read_part, blocks[at : at + share], view[at * size : (at + share) * size]
+            )
+            for at in starts[1:]
+        ]
+        try:
+            self._read_part(blocks[:share], view[: share * size])
+        finally:
+            wait(reading)  # They write into `view`, whatever happens here.
+        for part in reading:
+            part.result()
+
+    def prefetch(self, blocks: Sequence[int]) -> None:
+        """The old content of `blocks` is going to be copied soon: fetch it meanwhile."""
+        core = self._core
+        pool = self._pool() if len(blocks) >= 2 * _READERS else None
+        if pool is None:
+            return
+        runs = runs_of(sorted(blocks))
+        size = core.block_size
+
+        def fetch(part: list[tuple[int, int]]) -> None:
+            for first, last in part:
+                core.replica.prefetch(first * size, (last + 1 - first) * size)
+
+        for number in range(_READERS):
+            pool.submit(fetch, runs[number::_READERS])
+
+    def _pool(self) -> ThreadPoolExecutor | None:
+        """The threads; None where there is no memory for them, or no use."""
+        if self._readers is None and not self._alone:
+            count = 2 * _READERS
+            started = threading.Barrier(count + 1)
+            pool = ThreadPoolExecutor(count, "vsnapfs-reader")
+            try:
+                # All at once: later a thread that cannot be started would leave its work behind,
+                # to be done when nobody expects it any more.
+                for _ in range(count):
+                    pool.submit(started.wait)
+                started.wait()
+                self._readers = pool
+            except (RuntimeError, MemoryError):
+                self._alone = True
+                started.abort()
+                pool.shutdown(cancel_futures=True)
+        return self._readers
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._readers is not None:
+            self._readers.shutdown()
+
+    def _read_part(self, blocks: Sequence[int], view: memoryview) -> None:
+        core = self._core
+        size, start = core.block_size, 0
+        while start < len(blocks):
+            end = start + 1
+            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
+                end += 1
+            offset = blocks[start] * size
+            length = min((end - start) * size, core.size - offset)
+            try:
+                core.replica.read_into(offset, view[start * size : start * size + length])
+            except OSError as error:
+                raise FaultError(
+                    FaultCode.COW_READ_FAILURE,
+                    f"the old content of block {blocks[start]} could not be read: {error}",
+                    errno=error.errno or errno.EIO,
+                    block=blocks[start],
+                ) from error
+            rest = (end - start) * size - length
+            if rest:
+                view[start * size + length : end * size] = bytes(rest)
+            start = end
+
+
+def unexpected(error: Exception, block: int | None) -> FaultError:
+    """The fault that stands for an error nobody planned for."""
+    if isinstance(error, MemoryError):
+        text = "there is no memory for the copy"
+        code = FaultCode.MEMORY_ALLOCATION_FAILURE
+        return FaultError(code, text, errno=errno.ENOMEM, block=block)
+    return FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block)
+
+
+def runs_of(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as (first, last) runs of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], block
+        else:
+            runs.append((block, block))
+    return runs
