@@ -51,7 +51,7 @@ class Loop:
         self._unfit = _unfit()
         if not self._unfit:
             self._ours = _Trio()
-            # Before init: pyfuse3 up to 3.4.0 makes its lock there, later ones at the first wait.
+            # Before init: there pyfuse3 makes its lock; newer ones do at the first wait.
             _replace_trio(self._ours)
 
     def remove(self) -> None:
