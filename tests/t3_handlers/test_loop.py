@@ -17,6 +17,7 @@ from pathlib import Path
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 
 from vsnapfs.fuse import kernel, loop
 
@@ -26,8 +27,8 @@ Handler = Callable[[int], Awaitable[None]]
 class Workers:
     """pyfuse3's loop over `ours`, which stands for the module trio."""
 
-    def __init__(self, ours: loop._Trio, handler: Handler, most: int = 99) -> None:
-        self._trio, self._handler, self._most = ours, handler, most
+    def __init__(self, ours: loop._Trio, handler: Handler, most: int = 99, idle: int = 32) -> None:
+        self._trio, self._handler, self._most, self._idle = ours, handler, most, idle
         self.kernel, self._end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._end.setblocking(False)  # where pyfuse3 would hang, BlockingIOError
         self._lock = ours.Lock()
@@ -63,7 +64,7 @@ class Workers:
         return True
 
     async def _loop(self, nursery: trio.Nursery) -> None:
-        while not self.exited and self._readers <= 1 and await self._readable():
+        while not self.exited and self._readers <= self._idle and await self._readable():
             request = int.from_bytes(self._end.recv(8), "little")
             if not self._readers and self._count < self._most:
                 self._count += 1
@@ -100,7 +101,7 @@ def test_every_request_is_carried_out_once(seed: int, most: int) -> None:
             all_done.set()
 
     async def main() -> None:
-        workers = Workers(loop._Trio(), handler, most)
+        workers = Workers(loop._Trio(), handler, most, dice.choice([1, 32]))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(workers.run)
             sent = 0
@@ -132,7 +133,7 @@ def test_the_end_is_noticed_at_any_moment(seed: int) -> None:
             await trio.lowlevel.checkpoint()
 
     async def main() -> None:
-        workers = Workers(loop._Trio(), handler)
+        workers = Workers(loop._Trio(), handler, idle=dice.choice([1, 32]))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(workers.run)
             for request in range(dice.randrange(60)):
@@ -170,6 +171,33 @@ def test_another_task_reads_while_handlers_wait() -> None:
 
     trio.run(main)
     assert sorted(answered) == list(range(11))
+
+
+def test_one_idle_task_at_a_time_is_woken() -> None:
+    """However many requests one task carries out without waiting, the idle ones stay asleep."""
+    idle, looked = 20, []
+
+    async def main() -> None:
+        turn = loop._Trio().Lock()
+
+        async def wait(number: int) -> None:
+            async with turn:
+                looked.append(number)
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            async with turn:
+                for number in range(idle):
+                    nursery.start_soon(wait, number)
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(50):
+                async with turn:
+                    assert len(turn._waiting) >= idle - 1
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(looked) == 1
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
 
 
 class Endless:

@@ -9,6 +9,8 @@ mounting, signals and the control socket are the daemon's.
     live.py        the contents of status.json and events.log
     translate.py   the one place where an exception becomes an errno
     operations.py  the request handlers
+    loop.py        how requests are fetched: polling before parking
+    kernel.py      the kernel's limits for the mount
     session.py     pyfuse3's global session: mount, loop, end
 """
 

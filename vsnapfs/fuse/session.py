@@ -35,6 +35,9 @@ _HARMLESS = frozenset((string.ascii_letters + string.digits + "/._-+@:=~").encod
 # Requests in progress at one time, more than the kernel sends in the background (`kernel`), so that
 # some are left for those that somebody waits for. Tasks cost their memory only when there are any.
 _MAX_TASKS = 99
+# Tasks that have nothing to do are kept for the next burst: at depth 32 on first touch, ending and
+# starting them cost a sixth of the time. What each keeps is the buffer of its largest request.
+_MIN_TASKS = 32
 
 
 def mount_options(source: Path, extra: Iterable[str] = ()) -> set[str]:
@@ -100,7 +103,7 @@ class Session:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._raise_limits)
-                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
             self._running = False
