@@ -89,6 +89,7 @@ class FakeVolume:
         self.log = EventLog(directory / "events.jsonl")
         self.data = bytearray(size)
         self.points: tuple[FakePoint, ...] = ()
+        self.suspect = 0
         self.images: dict[int, bytearray] = {}
         self.fails: dict[str, BaseException] = {}
         self.short_by = 0

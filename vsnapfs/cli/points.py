@@ -62,10 +62,16 @@ def list_points(volume: Path, as_json: bool) -> None:
         note(f"{shown(volume)} has no recovery points.")
     else:
         rows = [
-            (str(point["number"]), when(point["created_ns"]), point.get("label") or "-")
+            (
+                str(point["number"]),
+                when(point["created_ns"]),
+                (point.get("label") or "-") + (" (SUSPECT)" if point.get("suspect") else ""),
+            )
             for point in points
         ]
         print_table(("number", "created", "label"), rows, right="number")
+        if any(point.get("suspect") for point in points):
+            note("SUSPECT: lived through a power failure with durability process; may be wrong.")
 
 
 @recovery_point.command(

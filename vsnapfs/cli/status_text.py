@@ -108,7 +108,10 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("diff area", f"{sizes(area)}, {shown(area.get('path', '?'))}"),
         ("recovery points", _points(status)),
         ("on full", str(status.get("on_full", "?"))),
+        ("durability", f"{status.get('durability', '?')}{_buffer(status)}"),
     ]
+    if status.get("suspect_points"):
+        listed.append(("SUSPECT", _suspect(int(status["suspect_points"]))))
     if status.get("fuse"):
         listed.append(("requests", _requests(status["fuse"])))
     if status.get("restoring"):
@@ -124,6 +127,21 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status.get("state") == "offline" and not status.get("fault"):
         listed.append(("next", f"vsnapfs online {typed(status['volume'])}"))
     return listed
+
+
+def _buffer(status: dict[str, Any]) -> str:
+    buffer = status.get("write_buffer") or {}
+    if buffer.get("state") == "off":
+        return f"; no write buffer: {buffer.get('reason', '?')}"
+    if not buffer.get("writes"):
+        return "; nothing in the write buffer"
+    stuck = "; they wait for `online`" if buffer.get("state") == "stuck" else ""
+    return f"; {buffer['writes']} writes ({size(buffer.get('used'))}) in the write buffer{stuck}"
+
+
+def _suspect(count: int) -> str:
+    points = "1 recovery point" if count == 1 else f"{count} recovery points"
+    return f"{points} lived through a power failure with durability process and may be wrong"
 
 
 def _points(status: dict[str, Any]) -> str:

@@ -92,7 +92,8 @@ async def _rp_create(volume: Volume, progress: Progress, *, label: str | None) -
 
 
 async def _rp_list(volume: Volume, progress: Progress) -> list[dict[str, Any]]:
-    return [point_json(point) for point in volume.points]
+    suspect = volume.suspect
+    return [point_json(point) | {"suspect": point.number <= suspect} for point in volume.points]
 
 
 async def _rp_resolve(volume: Volume, progress: Progress, *, point: str | int) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class Volume:
         """The live recovery points, oldest first."""
         return list(self.core.points)
 
+    @property
+    def suspect(self) -> int:
+        """Points up to this number lived through a power failure with durability "process"."""
+        return self.core.area.superblock.suspect if self.core.area else 0
+
     # -- opening and closing --------------------------------------------------------------------
 
     @classmethod
