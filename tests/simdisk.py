@@ -195,6 +195,8 @@ class Host:
         #: Shared memory by ring: it outlives a process, not the machine. `boot` counts its lives.
         self.memory: dict[bytes, bytearray] = {}
         self.boot = 1
+        #: Whether reads that must not wait find what they want.
+        self.cached = False
         self._inodes = 0
         self._time = 0
 
@@ -282,6 +284,7 @@ class Host:
         host = Host(self.capacity)
         host.files = files
         host._inodes, host._time = self._inodes, self._time
+        host.cached = self.cached
         host.boot = self.boot + 1
         return host
 
@@ -410,7 +413,7 @@ class SimBacking:
         return self.file.cache.read(offset, length)
 
     def read_cached(self, offset: int, length: int) -> Bytes | None:
-        return None
+        return self.read(offset, length) if self.host.cached else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.read(offset, len(buffer))

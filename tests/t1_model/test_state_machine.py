@@ -90,6 +90,7 @@ class VolumeMachine(RuleBasedStateMachine):
             area_is_device=device,
             seed=seed * 1000,
         )
+        self.rig.host.cached = seed % 3 == 0
         self.model = Model(size)
         if seed % 4:  # Seldom all holes.
             self.write_everything()

@@ -51,6 +51,7 @@ class Run:
 
     def __init__(self, number: int) -> None:
         self.rig = Rig(size=SIZE, maximum=1 << 20, buffer=RING, seed=number * 1000)
+        self.rig.host.cached = number % 3 == 0
         self.model = Model(SIZE)
         self.flight: list[tuple[int, bytes]] = []
         #: What a point that is being created holds.

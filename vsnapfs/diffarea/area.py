@@ -21,11 +21,14 @@ from ..units import format_size
 from .descriptors import (
     Descriptor,
     SectorImage,
+    descriptor_in,
+    sector_is_valid,
 )
 from .index import Index
 from .layout import (
     HEADER_SIZE,
     MAX_AREA_SIZE,
+    SECTOR_SIZE,
     SECTORS_PER_GROUP,
     SLOTS_PER_SECTOR,
     SUPERBLOCK_OFFSETS,
@@ -179,6 +182,19 @@ class DiffArea(AreaStore):
                 results.append(data if good else None)
             start = end
         return results
+
+    def read_copy_cached(self, block: int, epoch: int, slot: int) -> Bytes | None:
+        """One block, checked, if the host has it and its descriptor in its cache; else None."""
+        layout, backing = self.layout, self.backing
+        data = backing.read_cached(layout.slot_offset(slot), layout.block_size)
+        if data is None:
+            return None
+        sector, place = divmod(slot, SLOTS_PER_SECTOR)
+        raw = backing.read_cached(layout.sector_offsets(sector)[0], SECTOR_SIZE)
+        if raw is None or not sector_is_valid(memoryview(raw), self.area_id, sector):
+            return None
+        found = Descriptor(xxhash.xxh3_64_intdigest(data), block, epoch)
+        return memoryview(data) if descriptor_in(raw, place) == found else None
 
     def _read_blocks(self, offset: int, count: int) -> list[Bytes | None]:
         size = self.layout.block_size

@@ -76,8 +76,7 @@ class SectorImage:
 
     def get(self, index: int) -> Descriptor | None:
         """Descriptor `index` (0 to 19), None if its slot is unused."""
-        content, block, epoch, _ = ENTRY.unpack_from(self.data, HEAD.size + index * ENTRY.size)
-        return Descriptor(content, block & BLOCK_MASK, epoch) if block & IN_USE else None
+        return descriptor_in(self.data, index)
 
     def put(self, index: int, descriptor: Descriptor | None) -> None:
         """Set descriptor `index`, or mark its slot unused."""
@@ -93,6 +92,12 @@ class SectorImage:
         HEAD.pack_into(self.data, 0, 0, area_id, barrier, sector, fresh)
         check = xxhash.xxh3_64_intdigest(memoryview(self.data)[8:])
         self.data[:8] = check.to_bytes(8, "little")
+
+
+def descriptor_in(sector: bytes | bytearray | memoryview, index: int) -> Descriptor | None:
+    """Descriptor `index` (0 to 19) of a valid sector, None if its slot is unused."""
+    content, block, epoch, _ = ENTRY.unpack_from(sector, HEAD.size + index * ENTRY.size)
+    return Descriptor(content, block & BLOCK_MASK, epoch) if block & IN_USE else None
 
 
 def sector_is_valid(data: memoryview, area_id: int, sector: int) -> bool:
