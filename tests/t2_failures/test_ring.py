@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
@@ -320,6 +321,28 @@ def test_a_real_ring_is_private_whole_and_found_again(tmp_path: Path) -> None:
     assert not list(directory.glob(f"vsnapfs-{volume_id.hex()}-*"))
 
 
+def test_a_small_tmpfs_gets_a_smaller_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to 4 MiB; what did not fit has left nothing behind."""
+    there = 20 << 20
+
+    def fallocate(fd: int, offset: int, length: int) -> None:
+        if length > there:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.truncate(fd, length)
+
+    monkeypatch.setattr("vsnapfs.volume.ring.fallocate", fallocate)
+    monkeypatch.setattr("vsnapfs.volume.ring.file_system_type", lambda _path: "tmpfs")
+    store = SharedMemory((tmp_path,))
+    ring = store.make(64 << 20, b"v" * 16)
+    assert len(ring.memory) == 16 << 20
+    ring.close()
+    there = 3 << 20
+    with pytest.raises(OSError) as caught:
+        store.make(64 << 20, b"w" * 16)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_link_in_the_place_of_a_ring_is_not_followed(tmp_path: Path) -> None:
     """Whoever can write to shared memory cannot make us write elsewhere."""
     victim = tmp_path / "victim"
@@ -424,6 +447,43 @@ def test_no_point_no_restore_no_shrink_with_a_ring_that_is_not_empty() -> None:
         await look(volume)
 
     rig.run(go)
+
+
+def test_nothing_goes_to_an_area_that_somebody_else_writes_to() -> None:
+    """Fault 15 while writes wait in the ring: they stay there."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        volume.core.area_is_stale = True
+        written = rig.host.counts["area", "write"]
+        assert (await attempt(volume.buffer.drain())) is not None
+        assert rig.host.counts["area", "write"] == written
+        assert volume.buffer.pending
+
+    rig.run(go)
+
+
+@pytest.mark.parametrize("name", ["preserve_acknowledged", "copy"])
+def test_what_nobody_planned_for_is_a_fault_and_loses_nothing(name: str) -> None:
+    """Not the end of the server: offline, the write waits, `online` carries it out."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        owner = volume.writer if hasattr(volume.writer, name) else volume.writer.copier
+        with mock.patch.object(owner, name, side_effect=RuntimeError("a defect")):
+            await write_at(volume, 0, NEW)
+            error = await attempt(flush(volume))
+        assert error is not None
+        assert error.errno == errno.ENODEV
+        assert volume.protection.fault is not None
+        assert int(volume.protection.fault.code) == 11
+        await volume.online()
+        await look(volume)
+
+    rig.run(go)
+    assert content(rig) == NEW + OLD[BLOCK:]
 
 
 def test_giving_up_the_points_keeps_what_was_acknowledged() -> None:

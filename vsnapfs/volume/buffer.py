@@ -31,15 +31,14 @@ import trio
 from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
 from ..errors import FaultCode, FaultError, FormatError
+from .copying import unexpected
 from .core import Core, in_thread
 from .protection import Protection
-from .ring import NO_ID, Record, Ring, RingStore
+from .ring import LEAST, NO_ID, Record, Ring, RingStore
 
 if TYPE_CHECKING:
     from .writer import Writer
 
-#: Less than this cannot hold two of the longest writes (1 MiB).
-MIN_SIZE = 4 << 20
 #: Longer writes are preserved and written directly: they fill a barrier by themselves, and going
 #: through memory twice costs them more than waiting for it.
 LONGEST = 1024 << 10
@@ -62,7 +61,7 @@ class WriteBuffer:
         self._core = core
         self._protection = protection
         self._store = store
-        self._size = max(size, MIN_SIZE)
+        self._size = max(size, LEAST)
         self.writer: Writer
         self.ring: Ring | None = None
         self.reason = "" if store is not None and size else "it is switched off"
@@ -317,9 +316,13 @@ class WriteBuffer:
         self._freed.set()
         self._freed = trio.Event()
 
-    def _get_stuck(self, error: Exception) -> None:
+    async def _get_stuck(self, error: Exception) -> None:
+        """Nothing more is carried out before `online`; and nobody may take that for a success."""
         self.stuck = error
         self._wake()
+        if self._protection.is_online:
+            fault = error if isinstance(error, FaultError) else unexpected(error, None)
+            await self._protection.trip(fault)
 
     async def _preserve(self) -> None:
         """Preserve what the oldest records will overwrite. Cancelled only between two batches."""
@@ -335,13 +338,16 @@ class WriteBuffer:
                 if not records or self.stuck is not None:
                     return
                 self._prefetch(len(records))
-                error = await self.writer.preserve_acknowledged(
-                    dict.fromkeys(b for record in records for b in self._blocks(record)),
-                    self.slots,
-                    records[0],
-                )
+                try:
+                    error = await self.writer.preserve_acknowledged(
+                        dict.fromkeys(b for record in records for b in self._blocks(record)),
+                        self.slots,
+                        records[0],
+                    )
+                except Exception as unplanned:  # noqa: BLE001 - it must not end the server
+                    error = unplanned
                 if error is not None:
-                    self._get_stuck(error)
+                    await self._get_stuck(error)
                     return
                 for record in records:
                     self._to_preserve.popleft()
@@ -366,9 +372,8 @@ class WriteBuffer:
                     return
                 try:
                     await in_thread(self._write, records)
-                except OSError as error:
-                    self._get_stuck(error)
-                    await self._failed(error)
+                except Exception as error:  # noqa: BLE001 - as above
+                    await self._get_stuck(self._as_fault(error))
                     return
                 self._release(records)
 
@@ -381,13 +386,14 @@ class WriteBuffer:
             with ring.data(record) as data:
                 core.replica.write(record.offset, data)
 
-    async def _failed(self, error: OSError) -> None:
+    @staticmethod
+    def _as_fault(error: Exception) -> FaultError:
         """There is nobody left to refuse: it is a fault, as a flush that fails is."""
+        if not isinstance(error, OSError):
+            return unexpected(error, None)
         reason = error.strerror or os.strerror(error.errno or errno.EIO)
         text = f"an acknowledged write could not be carried out: {reason}"
-        await self._protection.trip(
-            FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
-        )
+        return FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
 
     def _release(self, records: list[Record]) -> None:
         assert self.ring is not None

@@ -45,6 +45,8 @@ ID_SIZE = 16
 NO_ID = bytes(ID_SIZE)
 RECORDS = 4096
 ALIGN = 64
+#: Less than this cannot hold two of the longest writes (1 MiB).
+LEAST = 4 << 20
 #: Where memory outlives a process but not the machine. The first that can be used is.
 DIRECTORIES = (Path("/dev/shm"), Path("/run"))  # noqa: S108 - O_EXCL, 0600, no link followed
 _IN_MEMORY = ("tmpfs", "ramfs")
@@ -216,7 +218,7 @@ class RingStore(Protocol):
     boot: bytes
 
     def make(self, size: int, volume_id: bytes) -> Ring:
-        """A new, empty ring of `size` bytes. OSError (ENOSPC, ENOENT …) if there is no place."""
+        """A new, empty ring of about `size` bytes. OSError (ENOSPC, ENOENT …): no place for it."""
         ...
 
     def find(self, ring_id: bytes, volume_id: bytes) -> Ring | None:
@@ -250,16 +252,20 @@ class SharedMemory:
         return [directory / name for directory in self._directories]
 
     def make(self, size: int, volume_id: bytes) -> Ring:
-        """See `RingStore.make`."""
+        """See `RingStore.make`. Where there is less room it is smaller, down to `LEAST`."""
         ring_id = secrets.token_bytes(ID_SIZE)
         problem = OSError(errno.ENOENT, "there is no tmpfs")
         for path in self._paths(ring_id, volume_id):
             if file_system_type(path.parent) not in _IN_MEMORY:
                 continue
-            try:
-                return self._make(path, size, ring_id, volume_id)
-            except OSError as error:
-                problem = error
+            wanted = size
+            while wanted >= min(size, LEAST):
+                try:
+                    return self._make(path, wanted, ring_id, volume_id)
+                except OSError as error:
+                    problem = error
+                    # A container's share can be small: less is better than none.
+                    wanted = wanted // 2 & -mmap.PAGESIZE if error.errno == errno.ENOSPC else 0
         raise problem
 
     def _make(self, path: Path, size: int, ring_id: bytes, volume_id: bytes) -> Ring:

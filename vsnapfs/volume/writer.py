@@ -26,7 +26,7 @@ import trio
 
 from ..backing import Bytes
 from ..diffarea.area import DiffArea
-from ..errors import FaultError
+from ..errors import FaultCode, FaultError
 from .buffer import LONGEST, WriteBuffer
 from .copying import Copier, runs_of, unexpected
 from .core import Core, in_thread
@@ -313,6 +313,11 @@ class Writer:
         blocks = list(blocks)
         async with core.area_lock:
             area = core.need_area()
+            if core.area_is_stale:
+                # What we know of it is wrong: nothing may be written there any more.
+                return FaultError(
+                    FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "somebody else writes to the diff area"
+                )
             needed = [b for b in blocks if core.points and b not in core.preserved]
             without = [block for block in needed if block not in slots]
             found = area.slots.reserve(len(without)) if without else []
