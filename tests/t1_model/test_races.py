@@ -76,6 +76,23 @@ async def a_reader_falls_through_while_the_block_is_overwritten(rig: Rig, volume
     assert found == OLD[BLOCK : 4 * BLOCK], "a byte that was written after the point"
 
 
+async def a_short_read_falls_through_while_the_block_is_overwritten(
+    rig: Rig, volume: Volume
+) -> None:
+    """R2: the same for part of one block."""
+    await volume.create_point()
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "replica", "read") as reading:
+            point = volume.open_point(1)
+            reader = Doing(nursery, point.read(BLOCK + 5, 100))
+            await reading.reached()
+            await write(volume, BLOCK, NEW[BLOCK : 2 * BLOCK])
+            reading.go()
+            found = bytes(await reader.ended())
+        point.close()
+    assert found == OLD[BLOCK + 5 : BLOCK + 105], "a byte that was written after the point"
+
+
 async def a_block_is_overwritten_whose_copy_can_be_found(rig: Rig, volume: Volume) -> None:
     """R2: at the instant of overwriting the copy is in the index, so a second look finds it."""
     await volume.create_point()
@@ -415,6 +432,7 @@ async def two_flushes_and_one_of_them_fails(rig: Rig, volume: Volume) -> None:
 
 SCHEDULES: tuple[Schedule, ...] = (
     a_reader_falls_through_while_the_block_is_overwritten,
+    a_short_read_falls_through_while_the_block_is_overwritten,
     a_block_is_overwritten_whose_copy_can_be_found,
     a_copy_is_read_whose_slot_a_shrink_moves,
     a_second_writer_comes_while_the_copy_is_on_its_way,
@@ -439,6 +457,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "elif copy is None and area.index.lookup(point, first + where) is not None:",
         "elif False:",
     ),
+    "R2, no second look at the index for a short read": (
+        a_short_read_falls_through_while_the_block_is_overwritten,
+        Reader,
+        "_one",
+        "if area.index.lookup(point, block) is None:",
+        "if True:",
+    ),
     "R2, overwritten before the copy can be found": (
         a_block_is_overwritten_whose_copy_can_be_found,
         Writer,
@@ -449,16 +474,16 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
     "R1, a failed check is final at once": (
         a_copy_is_read_whose_slot_a_shrink_moves,
         Reader,
-        "_blocks",
-        "again.append(where)\n            elif",
-        "raise self._damaged(point, first + where, 'once')\n            elif",
+        "_one",
+        "failed = copy",
+        "raise self._damaged(point, block, 'once')",
     ),
     "W2, the second writer does not wait": (
         a_second_writer_comes_while_the_copy_is_on_its_way,
         Writer,
-        "_preserve",
-        "batches = {self._on_the_way[block] for block in blocks if block in self._on_the_way}",
-        "batches = set()",
+        "_take_way",
+        "await self._preserve(missing, offset, len(data))",
+        "if on_the_way: return _DIRECTLY\n    await self._preserve(missing, offset, len(data))",
     ),
     "create does not wait for writes in flight": (
         a_point_is_created_while_a_write_is_in_flight,

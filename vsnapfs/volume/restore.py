@@ -204,9 +204,10 @@ class Restore:
                 exit_code=3,
                 code="fault",
             ) from error
+        # Said before the mark is taken away: a kill in between says it twice, not never.
+        core.log.log("volsnap", 66, volume=core.name, point=number, count=len(todo))
         async with core.area_lock:
             await core.commit(restoring=0)
-        core.log.log("volsnap", 66, volume=core.name, point=number, count=len(todo))
 
     async def _preserve(self, area: DiffArea, blocks: list[int]) -> None:
         slots = area.slots.reserve(len(blocks))
