@@ -123,7 +123,12 @@ def _measure(plan: Plan, directory: Path) -> dict[str, Any]:
     needed = sum(size * (1 + ext4) for ext4, size in sizes) + 2 * max(size for _, size in sizes)
     if shutil.disk_usage(directory).free < needed:
         raise click.ClickException(f"{directory} has not the {needed >> 20} MiB that this takes")
-    with _terminated_like_interrupted(), machine.work_directory(directory) as work, _bar() as told:
+    with (
+        _terminated_like_interrupted(),
+        machine.connections_mounted(),
+        machine.work_directory(directory) as work,
+        _bar() as told,
+    ):
         outcome = carry_out(plan, work, told)
     return {
         "format": 1,

@@ -559,6 +559,28 @@ def test_full_is_answered_to_its_own_writer() -> None:
     assert 87 in rig.log.ids()
 
 
+def test_a_block_that_is_being_preserved_takes_no_second_slot() -> None:
+    """With the area full to the last slot, its next write is acknowledged like any other."""
+    rig = made(maximum=SMALLEST, size=32 * BLOCK)
+
+    async def go(volume: Volume) -> None:
+        area = volume.core.need_area()
+        for block in range(32):
+            await write_at(volume, block * BLOCK, pattern(block, 100))
+            await trio.lowlevel.checkpoint()
+            await write_at(volume, block * BLOCK + 200, pattern(block, 100))
+            assert area.slots.in_use <= block + 1
+        await flush(volume)
+        await look_whole(volume)
+
+    rig.run(go)
+    assert 87 not in rig.log.ids()
+
+
+async def look_whole(volume: Volume) -> None:
+    assert (await read_points(volume))[1] == OLD.ljust(volume.size, b"\0")[: volume.size]
+
+
 def test_readers_and_flushes_are_not_starved_by_writers() -> None:
     """Under writers that never stop, a read and a flush are answered within a few rounds."""
     rig = made()

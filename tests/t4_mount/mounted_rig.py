@@ -208,6 +208,13 @@ class Rig:
         with self.opened() as fd:
             write_all(fd, data, offset)
 
+    def carried_out(self) -> None:
+        """Wait until nothing acknowledged is left in the write buffer."""
+        end = time.monotonic() + 30
+        while self.status()["write_buffer"]["writes"]:
+            assert time.monotonic() < end, self.status()["write_buffer"]
+            time.sleep(0.05)
+
     @contextmanager
     def opened(self, flags: int = os.O_RDWR) -> Iterator[int]:
         """A file descriptor of the live volume."""

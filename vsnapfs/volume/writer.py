@@ -331,9 +331,12 @@ class Writer:
                 self._take_slots(without, found, slots)
                 # A point may have been deleted meanwhile and with it the need for a copy.
                 self._drop_slots(set(blocks).difference(needed), slots)
-                batch.blocks, batch.slots = needed, [slots.pop(block) for block in needed]
+                # They stay in `slots` meanwhile: who writes to the same block needs no other slot.
+                batch.blocks, batch.slots = needed, [slots[block] for block in needed]
                 if needed:
                     await self._flush(batch, first.offset, first.length)
+                for block in needed:
+                    del slots[block]
                 kept = area.slots.reserve(len(needed)) if batch.error is not None else None
                 if kept is not None:
                     # They stay acknowledged, so they keep their place.
