@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmark.cells import Cell
 from benchmark.machine import BenchError, mounted, run, started, wait_for
@@ -66,8 +67,14 @@ def _serve_qemu(*create: str) -> Callable[[Path, Path], AbstractContextManager[S
 @contextmanager
 def _serve_nbdkit(image: Path, work: Path) -> Iterator[Served]:
     """Writes go to an overlay in TMPDIR; the image stays as it was, so it is the point."""
-    socket, file = work / "socket", work / "live"
+    file = work / "live"
     file.touch()
+    # A socket's name can have 107 bytes, and the directory of the images be longer than that.
+    with TemporaryDirectory(prefix="vsnapfs-") as place:
+        yield from _nbdkit_on(Path(place) / "socket", image, work, file)
+
+
+def _nbdkit_on(socket: Path, image: Path, work: Path, file: Path) -> Iterator[Served]:
     nbdkit = ("nbdkit", "--foreground", "--unix", socket, "--filter=cow", "file", image)
     nbdfuse = ("nbdfuse", file, "--unix", socket)
     with started(work, *nbdkit, environment={"TMPDIR": str(work)}) as server:
