@@ -39,9 +39,9 @@ from .ring import LEAST, NO_ID, Record, Ring, RingStore
 if TYPE_CHECKING:
     from .writer import Writer
 
-#: Longer writes are preserved and written directly: they fill a barrier by themselves, and going
-#: through memory twice costs them more than waiting for it.
-LONGEST = 1024 << 10
+#: The longest request there is through FUSE. What is longer would not fit into a small ring twice
+#: and is preserved and written directly.
+LONGEST = 1 << 20
 _BATCH = 16 << 20
 
 

@@ -6,7 +6,7 @@ the first one's copy is on its way).
 
 A write first counts itself in at the gate. It reserves slots for all blocks it has to preserve,
 all or none; growth and the on-full policy are `room`'s business. What needs no copy is written at
-once. What does goes through the `buffer`, or, where there is none and for long writes:
+once. What does goes through the `buffer`, or, where there is none:
 
 The blocks join the open batch. The first to open a batch leads it: it waits for `area_lock` (so
 for the barrier under way; meanwhile others join), copies all blocks of the batch in a worker
