@@ -147,26 +147,22 @@ class Copier:
 
     def _read_part(self, blocks: Sequence[int], view: memoryview) -> None:
         core = self._core
-        size, start = core.block_size, 0
-        while start < len(blocks):
-            end = start + 1
-            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
-                end += 1
-            offset = blocks[start] * size
-            length = min((end - start) * size, core.size - offset)
+        size, at = core.block_size, 0
+        for first, last in runs_of(blocks):
+            offset, end = first * size, at + (last + 1 - first) * size
+            length = min(end - at, core.size - offset)
             try:
-                core.replica.read_into(offset, view[start * size : start * size + length])
+                core.replica.read_into(offset, view[at : at + length])
             except OSError as error:
                 raise FaultError(
                     FaultCode.COW_READ_FAILURE,
-                    f"the old content of block {blocks[start]} could not be read: {error}",
+                    f"the old content of block {first} could not be read: {error}",
                     errno=error.errno or errno.EIO,
-                    block=blocks[start],
+                    block=first,
                 ) from error
-            rest = (end - start) * size - length
-            if rest:
-                view[start * size + length : end * size] = bytes(rest)
-            start = end
+            if at + length < end:
+                view[at + length : end] = bytes(end - at - length)
+            at = end
 
 
 def unexpected(error: Exception, block: int | None) -> FaultError:
