@@ -1,4 +1,4 @@
-"""Copying old blocks into the diff area: read, hash, write, one barrier for all.
+"""Copying old blocks into the diff area, in two steps: stage (read, hash, write), then one barrier.
 
 Owns the buffer that the blocks pass through and the threads that fetch them. Runs in a worker
 thread, under `area_lock`; `prefetch` may be called at any time. Promises that whatever goes wrong
@@ -13,6 +13,7 @@ import mmap
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import xxhash
 
@@ -23,6 +24,14 @@ from .core import Core
 
 _STAGING = 4 << 20
 _READERS = 4
+
+
+class Copied(NamedTuple):
+    """An old block that lies in its slot, and the xxh3-64 of it."""
+
+    block: int
+    slot: int
+    checksum: int
 
 
 class Copier:
@@ -37,6 +46,10 @@ class Copier:
 
     def copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Preserve `blocks` in `slots`, durably. FaultError."""
+        self.make_durable(area, self.stage(area, blocks, slots))
+
+    def stage(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> list[Copied]:
+        """Read `blocks` and write them into `slots`. Nothing knows of them then. FaultError."""
         block: int | None = None
         try:
             if area.needs_rollback:
@@ -45,9 +58,9 @@ class Copier:
                 area.rollback()
             staging = self._staging_area()
             ordered = sorted(zip(blocks, slots, strict=True))
-            size, epoch = area.layout.block_size, area.superblock.epoch
+            size = area.layout.block_size
             at_once = max(1, len(staging) // size)
-            changes: dict[int, Descriptor | None] = {}
+            copied: list[Copied] = []
             with memoryview(staging) as view:
                 for start in range(0, len(ordered), at_once):
                     part = ordered[start : start + at_once]
@@ -55,10 +68,9 @@ class Copier:
                     self._read_old([block for block, _ in part], view)
                     for index, (block, slot) in enumerate(part):
                         content = view[index * size : (index + 1) * size]
-                        changes[slot] = Descriptor(xxhash.xxh3_64_intdigest(content), block, epoch)
+                        copied.append(Copied(block, slot, xxhash.xxh3_64_intdigest(content)))
                     area.write_copies([slot for _, slot in part], view[: len(part) * size])
-            block = None
-            area.barrier(changes)
+            return copied
         except FaultError as error:
             if error.block is None:
                 error.block = block if block is not None else min(blocks)
@@ -66,6 +78,23 @@ class Copier:
         except Exception as error:
             # Nobody planned for this. Whatever it was, the points must not pay for it.
             raise unexpected(error, block) from error
+
+    def make_durable(self, area: DiffArea, copied: Sequence[Copied]) -> None:
+        """One barrier for what `stage` wrote: recorded as copies of the current epoch. FaultError.
+
+        The epoch is the one of this moment, not of the staging.
+        """
+        try:
+            epoch = area.superblock.epoch
+            area.barrier(
+                {slot: Descriptor(checksum, block, epoch) for block, slot, checksum in copied}
+            )
+        except FaultError as error:
+            if error.block is None:
+                error.block = min(block for block, _, _ in copied)
+            raise
+        except Exception as error:
+            raise unexpected(error, None) from error
 
     def _staging_area(self) -> mmap.mmap:
         if self._staging is None:
