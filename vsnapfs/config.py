@@ -50,6 +50,8 @@ OnFull = Literal["offline", "evict"]
 POLICIES: tuple[OnFull, ...] = get_args(OnFull)
 Durability = Literal["power", "process"]
 DURABILITIES: tuple[Durability, ...] = get_args(Durability)
+ZeroBlocks = Literal["flag", "copy"]
+WAYS_WITH_ZEROS: tuple[ZeroBlocks, ...] = get_args(ZeroBlocks)
 
 # A hand-edited file of six keys is about 1 KiB; two paths of 4 KiB, every byte escaped, are 48 KiB.
 _MAX_FILE = 64 * 1024
@@ -65,6 +67,7 @@ _KEYS = {  # key in the file → field of VolumeConfig
     "grow-timeout": "grow_timeout",
     "hold-timeout": "hold_timeout",
     "durability": "durability",
+    "zero-blocks": "zero_blocks",
 }
 _REQUIRED = ("volume-id", "replica", "diff-area", "on-full")
 
@@ -79,6 +82,8 @@ class VolumeConfig:
     grow_timeout: seconds a write waits for a growth of the diff area under way (fault 9 after).
     hold_timeout: seconds that creating a recovery point may hold writes (event 8 after).
     durability: what recovery points survive: "power" failures, or only the end of the "process".
+    zero_blocks: a block of nothing but zeros is preserved as a "flag" for up to 64 neighbours, or
+    as a "copy" like any other.
     """
 
     volume_id: str
@@ -88,6 +93,7 @@ class VolumeConfig:
     grow_timeout: float = 2.0
     hold_timeout: float = 10.0
     durability: Durability = "power"
+    zero_blocks: ZeroBlocks = "flag"
 
     def __post_init__(self) -> None:
         _check_id(self.volume_id)
@@ -100,6 +106,11 @@ class VolumeConfig:
         if self.durability not in DURABILITIES:
             raise UsageError(
                 f"durability is {self.durability!r}, but must be {' or '.join(DURABILITIES)}",
+                code="config",
+            )
+        if self.zero_blocks not in WAYS_WITH_ZEROS:
+            raise UsageError(
+                f"zero-blocks is {self.zero_blocks!r}, but must be {' or '.join(WAYS_WITH_ZEROS)}",
                 code="config",
             )
         # Integers are welcome ("grow-timeout = 5"), but every reader then sees a float.
@@ -418,6 +429,10 @@ hold-timeout = {config.hold_timeout!r}
 # "power": a copy is on the disk before its block is overwritten, so that recovery points survive
 # power failures. "process": it is only written before; a power failure can spoil recovery points.
 durability = {_quoted(config.durability)}
+
+# Blocks of nothing but zeros: "flag" preserves them in a flag that 64 neighbours share, "copy" as
+# any others, so that each first write costs a block.
+zero-blocks = {_quoted(config.zero_blocks)}
 """
 
 

@@ -18,6 +18,7 @@ from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.recovery import _Scan
 from vsnapfs.errors import FaultError
 from vsnapfs.volume.buffer import WriteBuffer
+from vsnapfs.volume.copying import Preserved
 from vsnapfs.volume.core import Core, WriteGate
 from vsnapfs.volume.points import Points
 from vsnapfs.volume.protection import Protection
@@ -45,8 +46,8 @@ def no_sync_in_barrier(patch: Patch) -> None:
     patch(DiffArea, "barrier", broken)
 
 
-def _record_on_trust(self: Writer, area: DiffArea, batch: Batch) -> None:
-    for block, slot in zip(batch.blocks, batch.slots, strict=True):
+def _record_on_trust(self: Writer, area: DiffArea, batch: Batch, preserved: Preserved) -> None:
+    for block, slot in preserved.places.items():
         area.index.add(block, area.superblock.epoch, slot)
         self._core.preserved.add(block)
 

@@ -18,6 +18,7 @@ from rig import BLOCK, SMALLEST, Rig, small_steps
 from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
 from vsnapfs.diffarea.recovery import _Scan
+from vsnapfs.volume.copying import Preserved
 from vsnapfs.volume.points import Points
 from vsnapfs.volume.writer import Batch, Writer
 
@@ -197,8 +198,8 @@ def _overwrite_before_the_barrier(engine: pytest.MonkeyPatch) -> None:
     engine.setattr(Writer, "_record", _record_on_trust)
 
 
-def _record_on_trust(self: Writer, area: DiffArea, batch: Batch) -> None:
-    for block, slot in zip(batch.blocks, batch.slots, strict=True):
+def _record_on_trust(self: Writer, area: DiffArea, batch: Batch, preserved: Preserved) -> None:
+    for block, slot in preserved.places.items():
         area.index.add(block, area.superblock.epoch, slot)
         self._core.preserved.add(block)
 

@@ -167,6 +167,12 @@ class VolumeMachine(RuleBasedStateMachine):
         offset, length = self.place(at, length)
         self.perform(self.do_write, offset, self.fresh(length))
 
+    @rule(at=fractions, length=st.sampled_from([BLOCK, 5 * BLOCK, 1 << 20]))
+    def wipe(self, at: int, length: int) -> None:
+        """Zeros, which are preserved without data when they are overwritten."""
+        offset, length = self.place(at if length < 1 << 20 else 0, length)
+        self.perform(self.do_write, offset, bytes(length))
+
     @rule()
     def write_everything(self) -> None:
         self.perform(self.do_write, 0, self.fresh(len(self.model.content)))

@@ -30,7 +30,9 @@ def replica(tmp_path: Path) -> Iterator[FileBacking]:
 
 @pytest.fixture
 def copier(replica: FileBacking) -> Iterator[Copier]:
-    core: Any = SimpleNamespace(replica=replica, block_size=BLOCK, size=BLOCK * COUNT - 100)
+    config = SimpleNamespace(zero_blocks="flag")
+    size = BLOCK * COUNT - 100
+    core: Any = SimpleNamespace(replica=replica, block_size=BLOCK, size=size, config=config)
     copier = Copier(core)
     yield copier
     copier.close()

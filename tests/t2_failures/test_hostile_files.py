@@ -26,8 +26,10 @@ from rig import BLOCK, Rig, pattern, raw_replica, read_point, write
 from vsnapfs import config
 from vsnapfs.diffarea import area as area_module
 from vsnapfs.diffarea import recovery, verify
+from vsnapfs.diffarea.index import ZEROS
 from vsnapfs.diffarea.inspect import inspect_file
 from vsnapfs.diffarea.layout import (
+    MAX_SLOTS,
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
     SUPERBLOCK_OFFSETS,
@@ -99,7 +101,8 @@ def small() -> Rig:
 async def healthy(volume: Volume) -> list[int]:
     assert (await volume.verify())["ok"]
     area = volume.core.need_area()
-    return [int(slot) for slot in area.index.live_slots([p.number for p in volume.points])]
+    _, _, slots = area.index.living([p.number for p in volume.points])
+    return [slot for slot in slots.tolist() if not slot & ZEROS]
 
 
 def places(rig: Rig, step: int) -> list[tuple[str, int]]:
@@ -383,7 +386,7 @@ def test_a_claim_of_terabytes_costs_nothing(vol: Path) -> None:
     import xxhash
 
     raw = bytearray((vol / "diff-area").read_bytes())
-    size = LAYOUT.size_of(2**32 - 1)
+    size = LAYOUT.size_of(MAX_SLOTS)
     for start in SUPERBLOCK_OFFSETS:
         struct.pack_into("<QQ", raw, start + 64, 2**46, size)
         end = start + SUPERBLOCK_SIZE - 8

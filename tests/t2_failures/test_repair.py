@@ -260,6 +260,7 @@ def test_the_command_tells_and_exits_by_what_is_left(vol: Path) -> None:
     assert command("repair", vol).output == f"{vol}: nothing to repair\n"
 
     async def fill(volume: Volume) -> None:
+        await write(volume, 0, b"content" * 2000)
         await volume.create_point("one")
         await write(volume, 0, b"changed" * 2000)
 

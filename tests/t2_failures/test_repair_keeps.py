@@ -30,6 +30,7 @@ from rig import (
 )
 from simdisk import FOREVER, SimBacking
 
+from vsnapfs.diffarea.index import ZEROS
 from vsnapfs.diffarea.layout import SECTOR_SIZE, SUPERBLOCK_OFFSETS
 from vsnapfs.errors import Fault, FaultCode, FaultError
 from vsnapfs.volume import Volume
@@ -184,10 +185,12 @@ def test_a_copy_comes_back_from_where_a_shrink_left_it(small: Rig) -> None:
         area = volume.core.need_area()
         high = len(area.slots) - 1
         await trio.lowlevel.checkpoint()
-        content = bytes(area.backing.read(LAYOUT.slot_offset(0), BLOCK))
+        found = [area.index.lookup(2, block) for block in range(5)]
+        low = next(copy[1] for copy in found if copy and not copy[1] & ZEROS)
+        content = bytes(area.backing.read(LAYOUT.slot_offset(low), BLOCK))
         area.write_copies([high], memoryview(content))
-        area.barrier({high: area.descriptor_of(0)})
-        flip(rig, "area", LAYOUT.slot_offset(0) + 9, 3)
+        area.barrier({high: area.descriptor_of(low)})
+        flip(rig, "area", LAYOUT.slot_offset(low) + 9, 3)
         dry = await volume.repair(dry_run=True)
         report = await volume.repair()
         for told in (dry, report):

@@ -537,7 +537,7 @@ def test_evict_gives_up_the_points_and_keeps_the_write() -> None:
 
 def test_full_is_answered_to_its_own_writer() -> None:
     """W1: what does not fit is refused before it is acknowledged; what fitted is carried out."""
-    rig = made(maximum=SMALLEST, size=40 * BLOCK)
+    rig = made(maximum=SMALLEST, size=40 * BLOCK, zero_blocks="copy")
 
     async def go(volume: Volume) -> None:
         refused = None

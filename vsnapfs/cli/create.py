@@ -11,7 +11,15 @@ from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import note, progress, warn
 from vsnapfs.cli.params import FileType, SizeType
 from vsnapfs.cli.signals import unwinding
-from vsnapfs.config import DURABILITIES, POLICIES, Durability, OnFull, shown
+from vsnapfs.config import (
+    DURABILITIES,
+    POLICIES,
+    WAYS_WITH_ZEROS,
+    Durability,
+    OnFull,
+    ZeroBlocks,
+    shown,
+)
 from vsnapfs.units import format_exact
 
 
@@ -73,6 +81,14 @@ from vsnapfs.units import format_exact
     "a power failure can then spoil every recovery point).",
 )
 @click.option(
+    "--zero-blocks",
+    type=click.Choice(WAYS_WITH_ZEROS),
+    default="flag",
+    show_default=True,
+    help="How a block of nothing but zeros is preserved: in a flag that 64 neighbours share, "
+    "or as a copy like any other, so that each first write costs a block.",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Overwrite an existing diff area, replica (with --from) or device with a signature.",
@@ -87,6 +103,7 @@ def create(
     block_size: int,
     on_full: OnFull,
     durability: Durability,
+    zero_blocks: ZeroBlocks,
     force: bool,
 ) -> None:
     """Create a volume: a directory with replica and diff area.
@@ -108,6 +125,7 @@ def create(
             block_size=block_size,
             on_full=on_full,
             durability=durability,
+            zero_blocks=zero_blocks,
             force=force,
             progress=report,
         )

@@ -11,7 +11,7 @@ call.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -24,7 +24,7 @@ from .descriptors import (
     descriptor_in,
     sector_is_valid,
 )
-from .index import Index
+from .index import SLOT_MASK, ZEROS, Index
 from .layout import (
     HEADER_SIZE,
     MAX_AREA_SIZE,
@@ -38,7 +38,7 @@ from .slots import SlotMap
 from .store import AreaStore
 from .superblock import Superblock, unfinished
 
-_CACHED_SECTORS = 256
+_KNOWN_SPANS = 1 << 16
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
 
 
@@ -56,6 +56,9 @@ class DiffArea(AreaStore):
         self.damaged_sectors: tuple[int, ...] = ()
         #: Slots described by damaged sectors: perhaps in use, never to be given out.
         self.unknown_slots: tuple[int, ...] = ()
+        #: Where blocks of zeros of the current epoch are described: span (block // 64) → (slot,
+        #: descriptor). Only some of them are known: what is not gets a slot of its own.
+        self.zero_spans: dict[int, tuple[int, Descriptor]] = {}
 
     @classmethod
     def format(
@@ -148,6 +151,19 @@ class DiffArea(AreaStore):
         needed = self.layout.valid_slots(len(self.slots) + at_least)
         return min(max(target, needed), self.layout.slots_in(self.maximum))
 
+    def remember_zeros(
+        self, spans: Mapping[int, tuple[int, Descriptor]], used: Container[int]
+    ) -> None:
+        """What a barrier has just recorded of zeros. used: the slots that are in use now, of new
+        ones.
+        """
+        known = self.zero_spans
+        if len(known) + len(spans) > _KNOWN_SPANS:
+            known.clear()
+        for span, (slot, descriptor) in spans.items():
+            if slot in used or (span in known and known[span][0] == slot):
+                known[span] = slot, descriptor
+
     # -- reading copies -------------------------------------------------------------------------
 
     def may_trust(self, point: int, epoch: int | None) -> bool:
@@ -159,13 +175,20 @@ class DiffArea(AreaStore):
         return epoch == point or not (self.damaged_sectors or self.is_old)
 
     def read_copies(self, wanted: Sequence[tuple[int, int, int]]) -> list[Bytes | None]:
-        """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1)."""
+        """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1).
+
+        slot: as the index has it, so perhaps with the bit `ZEROS`.
+        """
         size, layout = self.layout.block_size, self.layout
         results: list[Bytes | None] = []
         sectors: dict[int, SectorImage | None] = {}
         twins: dict[int, SectorImage | None] = {}
         start = 0
         while start < len(wanted):
+            if wanted[start][2] & ZEROS:
+                results.append(self._zeros(*wanted[start], sectors, twins))
+                start += 1
+                continue
             offset, end = layout.slot_offset(wanted[start][2]), start + 1
             while end < len(wanted) and layout.slot_offset(wanted[end][2]) == offset + size * (
                 end - start
@@ -186,15 +209,36 @@ class DiffArea(AreaStore):
     def read_copy_cached(self, block: int, epoch: int, slot: int) -> Bytes | None:
         """One block, checked, if the host has it and its descriptor in its cache; else None."""
         layout, backing = self.layout, self.backing
-        data = backing.read_cached(layout.slot_offset(slot), layout.block_size)
-        if data is None:
-            return None
-        sector, place = divmod(slot, SLOTS_PER_SECTOR)
+        data: Bytes | None = None
+        if not slot & ZEROS:
+            data = backing.read_cached(layout.slot_offset(slot), layout.block_size)
+            if data is None:
+                return None
+        sector, place = divmod(slot & SLOT_MASK, SLOTS_PER_SECTOR)
         raw = backing.read_cached(layout.sector_offsets(sector)[0], SECTOR_SIZE)
         if raw is None or not sector_is_valid(memoryview(raw), self.area_id, sector):
             return None
+        known = descriptor_in(raw, place)
+        if data is None:
+            zeros = known is not None and known.tells_zeros(block, epoch)
+            return bytes(layout.block_size) if zeros else None
         found = Descriptor(xxhash.xxh3_64_intdigest(data), block, epoch)
-        return memoryview(data) if descriptor_in(raw, place) == found else None
+        return memoryview(data) if known == found else None
+
+    def _zeros(
+        self,
+        block: int,
+        epoch: int,
+        slot: int,
+        sectors: dict[int, SectorImage | None],
+        twins: dict[int, SectorImage | None],
+    ) -> Bytes | None:
+        """A block of zeros, if a descriptor says so."""
+        for copy, memo in enumerate((sectors, twins)):
+            found = self._described(slot & SLOT_MASK, memo, copy)
+            if found is not None and found.tells_zeros(block, epoch):
+                return bytes(self.layout.block_size)
+        return None
 
     def _read_blocks(self, offset: int, count: int) -> list[Bytes | None]:
         size = self.layout.block_size
@@ -215,11 +259,23 @@ class DiffArea(AreaStore):
         copy: int,
     ) -> bool:
         """Whether this copy of the slot's descriptor is the one `wanted`."""
+        return self._described(slot, memo, copy) == wanted
+
+    def _described(
+        self, slot: int, memo: dict[int, SectorImage | None], copy: int
+    ) -> Descriptor | None:
+        """What this copy of the slot's sector says of it."""
         sector, place = divmod(slot, SLOTS_PER_SECTOR)
         if sector not in memo:
             memo[sector] = self._sector_copy(sector, copy)
         image = memo[sector]
-        return image is not None and image.get(place) == wanted
+        return None if image is None else image.get(place)
+
+    def place_of(self, slot: int) -> int:
+        """The offset of what `slot` (as the index has it) holds: its data, or its descriptor."""
+        if slot & ZEROS:
+            return self.layout.sector_offsets((slot & SLOT_MASK) // SLOTS_PER_SECTOR)[0]
+        return self.layout.slot_offset(slot)
 
     def descriptor_of(self, slot: int) -> Descriptor | None:
         """What is recorded of a slot, None if nothing is or it cannot be read."""
@@ -302,17 +358,21 @@ class DiffArea(AreaStore):
     def move_copies(self, moves: Sequence[tuple[int, int, int, int]]) -> None:
         """Duplicate copies into lower slots, durably: (block, epoch, old slot, new slot) each.
 
-        The old ones stay valid. A copy that fails its check is moved as it is, with its
-        descriptor, so that it goes on failing.
+        Slots with the bit `ZEROS` have no data, and come once for each block described there. The
+        old ones stay valid. A copy that fails its check is moved as it is, with its descriptor, so
+        that it goes on failing.
         """
         size = self.layout.block_size
         changes: dict[int, Descriptor | None] = {}
         for block, epoch, old, new in moves:
-            descriptor = self.descriptor_of(old)
+            descriptor = self.descriptor_of(old & SLOT_MASK)
             if descriptor is None:
                 raise FaultError(
                     FaultCode.META_DATA_CORRUPTION, f"slot {old} has no descriptor", block=block
                 )
+            if descriptor.zeros:
+                changes[new & SLOT_MASK] = descriptor
+                continue
             data = self._read_blocks(self.layout.slot_offset(old), 1)[0]
             if data is None:
                 raise FaultError(
@@ -321,6 +381,7 @@ class DiffArea(AreaStore):
             self.write_copies([new], memoryview(data)[:size])
             changes[new] = Descriptor(descriptor.hash, block, epoch)
         self.barrier(changes)
+        self.zero_spans.clear()  # They may have moved.
 
     def clear_descriptors(self, slots: Iterable[int]) -> None:
         """Mark slots unused on disk, durably, so that a later growth cannot revive them."""

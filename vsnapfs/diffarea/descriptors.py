@@ -5,6 +5,10 @@ the barrier that wrote it last, marks the descriptors that this very barrier wro
 has one xxh3-64 over all of it. Every sector of the allocated area is written before the
 superblock says it is there, so a sector that does not verify is damage, never "not yet used".
 
+Blocks of nothing but zeros have no data in a slot: one descriptor stands for up to 64 neighbours,
+with a bit for each. It is true from the moment it is written, whether its barrier was finished or
+not: none of these blocks is overwritten before that.
+
 Promise: a descriptor that rotted is never taken for an empty one. Source of the layout:
 `docs/format.md`.
 """
@@ -21,8 +25,11 @@ import xxhash
 from .layout import MAX_COUNTER, SECTOR_SIZE, SLOTS_PER_SECTOR
 
 HEAD = struct.Struct("<QQQII")  # checksum, area id, barrier, sector number, fresh mask
-ENTRY = struct.Struct("<QQII")  # content hash, block | IN_USE, epoch, reserved
+ENTRY = struct.Struct("<QQII")  # content hash or mask, block | flags, epoch, reserved
 IN_USE = 1 << 63
+#: The descriptor stands for blocks of zeros: bit i of its first field for block + i.
+ZEROS = 1 << 62
+ZERO_SPAN = 64
 BLOCK_MASK = (1 << 48) - 1
 
 ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("block", "<u8"), ("epoch", "<u4"), ("spare", "<u4")])
@@ -40,11 +47,28 @@ assert SECTOR_DTYPE.itemsize == SECTOR_SIZE
 
 
 class Descriptor(NamedTuple):
-    """What one slot holds: the xxh3-64 of the block's content, block number, epoch."""
+    """What one slot holds: the xxh3-64 of the block's content, block number, epoch.
+
+    zeros: the slot holds no data; bit i of `hash` says that block + i was all zeros in `epoch`.
+    """
 
     hash: int
     block: int
     epoch: int
+    zeros: bool = False
+
+    def tells_zeros(self, block: int, epoch: int) -> bool:
+        """Whether it says that `block` was all zeros in `epoch`."""
+        at = block - self.block
+        described = 0 <= at < ZERO_SPAN and bool(self.hash >> at & 1)
+        return self.zeros and epoch == self.epoch and described
+
+
+def with_zeros(known: Descriptor | None, block: int, epoch: int) -> Descriptor:
+    """`known` (None: nothing yet), a descriptor of zeros of this span and epoch, with `block`."""
+    first = block // ZERO_SPAN * ZERO_SPAN
+    mask = known.hash if known is not None else 0
+    return Descriptor(mask | 1 << block - first, first, epoch, zeros=True)
 
 
 class SectorImage:
@@ -84,8 +108,9 @@ class SectorImage:
         if descriptor is None:
             ENTRY.pack_into(self.data, offset, 0, 0, 0, 0)
         else:
-            content, block, epoch = descriptor
-            ENTRY.pack_into(self.data, offset, content, block | IN_USE, epoch, 0)
+            content, block, epoch, zeros = descriptor
+            flags = IN_USE | ZEROS if zeros else IN_USE
+            ENTRY.pack_into(self.data, offset, content, block | flags, epoch, 0)
 
     def seal(self, area_id: int, barrier: int, sector: int, fresh: int) -> None:
         """Fill in the head and the checksum."""
@@ -97,7 +122,9 @@ class SectorImage:
 def descriptor_in(sector: bytes | bytearray | memoryview, index: int) -> Descriptor | None:
     """Descriptor `index` (0 to 19) of a valid sector, None if its slot is unused."""
     content, block, epoch, _ = ENTRY.unpack_from(sector, HEAD.size + index * ENTRY.size)
-    return Descriptor(content, block & BLOCK_MASK, epoch) if block & IN_USE else None
+    if not block & IN_USE:
+        return None
+    return Descriptor(content, block & BLOCK_MASK, epoch, bool(block & ZEROS))
 
 
 def sector_is_valid(data: memoryview, area_id: int, sector: int) -> bool:
@@ -134,6 +161,17 @@ def empty_table(area_id: int, barrier: int, first_sector: int, count: int) -> by
         image.seal(area_id, barrier, sector, 0)
         parts.append(bytes(image.data))
     return b"".join(parts)
+
+
+def zero_blocks(
+    entries: npt.NDArray[np.void], chosen: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
+    """The blocks that descriptors of zeros (`entries[chosen]`) stand for: (entry, block) each."""
+    masks = np.ascontiguousarray(entries["hash"][chosen], dtype="<u8")
+    bits = np.unpackbits(masks.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    rows, places = np.nonzero(bits)
+    first = entries["block"][chosen][rows] & np.uint64(BLOCK_MASK)
+    return chosen[rows], first + places.astype(np.uint64)
 
 
 def area_id_of(volume_id: bytes) -> int:

@@ -10,6 +10,9 @@ point never meets one: a copy of epoch e belongs to the newest live point ≤ e,
 one point the lower epoch wins, and the lower epoch is what a lookup finds first.
 `docs/durability.md` has the argument; `compact` drops the stale ones and tells their slots.
 
+A slot with the bit `ZEROS` set means that the block was all zeros: nothing but a descriptor of
+zeros lies in that slot, which serves up to 64 neighbours.
+
 Plain synchronous Python. One thread changes it at a time; lookups may run in another, since
 every change replaces `_state` as a whole or adds to `recent` only.
 """
@@ -24,6 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 EPOCH_BITS = 30
+#: In a slot of the index: no data there, the block was all zeros.
+ZEROS = 1 << 31
+SLOT_MASK = ZEROS - 1
 _EPOCH_MASK = (1 << EPOCH_BITS) - 1
 _FOLD_AT = 8192
 _MERGE_RATIO = 4
@@ -80,18 +86,21 @@ class RunBuilder:
         self._slots = 0
 
     def add(
-        self, blocks: Keys, epochs: npt.NDArray[np.uint32], used: npt.NDArray[np.bool_]
+        self, where: npt.NDArray[np.intp], blocks: Keys, epochs: npt.NDArray[np.uint32]
     ) -> None:
-        """What the next `len(used)` slots hold; block and epoch count only where `used`."""
-        chosen = np.flatnonzero(used)
-        slots = chosen.astype(np.uint64) + np.uint64(self._slots)
-        self._slots += len(used)
+        """What the next `len(epochs)` slots hold: `blocks[i]` in the slot `where[i]` of these.
+
+        epochs: of each slot, with the bit `ZEROS` set where blocks of zeros are described.
+        """
+        slots = where.astype(np.uint64) + np.uint64(self._slots)
+        self._slots += len(epochs)
         if self._fits:
-            self._packed.add((blocks[chosen] << self._bits) | slots)
+            self._packed.add((blocks << self._bits) | slots)
             self._epochs.add(epochs)
         else:
-            self._packed.add((blocks[chosen] << np.uint64(EPOCH_BITS)) | epochs[chosen])
-            self._epochs.add(slots.astype(np.uint32))
+            part = epochs[where]
+            self._packed.add((blocks << np.uint64(EPOCH_BITS)) | (part & np.uint32(_EPOCH_MASK)))
+            self._epochs.add(slots.astype(np.uint32) | (part & np.uint32(ZEROS)))
 
     def finish(self) -> Run:
         """The run; of two copies of one block and epoch the lower slot comes first."""
@@ -104,10 +113,11 @@ class RunBuilder:
         mask = np.uint64((1 << int(self._bits)) - 1)
         for piece in _pieces(len(keys)):
             part, where = keys[piece], keys[piece] & mask
-            slots[piece] = where
+            found = epochs[where.astype(np.int64)]
+            slots[piece] = where.astype(np.uint32) | (found & np.uint32(ZEROS))
             part >>= self._bits
             part <<= np.uint64(EPOCH_BITS)
-            part |= epochs[where.astype(np.int64)]
+            part |= found & np.uint32(_EPOCH_MASK)
         del epochs
         start = 0
         while start < len(keys):
@@ -187,7 +197,10 @@ class Index:
     # -- lookups ----------------------------------------------------------------------------------
 
     def lookup(self, point: int, block: int) -> tuple[int, int] | None:
-        """(epoch, slot) of the copy that `point` reads at `block`; None: the replica serves it."""
+        """(epoch, slot) of the copy that `point` reads at `block`; None: the replica serves it.
+
+        Here and elsewhere a slot may have the bit `ZEROS`.
+        """
         runs, recent = self._state
         low = (block << EPOCH_BITS) | point
         for run in runs:
@@ -320,12 +333,12 @@ class Index:
         return keys >> np.uint64(EPOCH_BITS), keys & np.uint64(_EPOCH_MASK), slots[kept]
 
     def live_slots(self, points: Sequence[int]) -> Slots:
-        """The slots that the live `points` (ascending) can read."""
+        """The slots that the live `points` (ascending) can read, without `ZEROS`."""
         keys, slots = self._everything()
         known, state = self._compacted
-        if state is self._state and not self._recent_count and known == list(points):
-            return slots
-        return slots[live_copies(keys, points)]
+        if state is not self._state or self._recent_count or known != list(points):
+            slots = slots[live_copies(keys, points)]
+        return slots & np.uint32(SLOT_MASK)
 
     def _everything(self) -> tuple[Keys, Slots]:
         runs, recent = self._state

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backing import device_size
 from ..errors import FormatError, VsnapError
-from .descriptors import IN_USE, SECTOR_DTYPE, area_id_of, sector_is_valid
+from .descriptors import IN_USE, SECTOR_DTYPE, ZEROS, area_id_of, sector_is_valid
 from .layout import (
     HEADER_SIZE,
     SECTOR_SIZE,
@@ -129,6 +129,7 @@ def _group(fd: int, layout: Layout, group: int, slots: int, area_id: int) -> dic
         "first_slot": first,
         "slots": count,
         "descriptors": len(in_use),
+        "descriptors_of_zeros": int(np.count_nonzero(in_use["block"] & np.uint64(ZEROS))),
         "epochs": sorted({int(epoch) for epoch in in_use["epoch"]}),
         "newest_barrier": int(sectors["barrier"].max()),
         "bad_sectors": bad[0],

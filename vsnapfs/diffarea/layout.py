@@ -34,7 +34,8 @@ MIN_BLOCK_SIZE = 4 * KIB
 MAX_BLOCK_SIZE = 1024 * KIB
 DEFAULT_BLOCK_SIZE = 16 * KIB
 MAX_POINTS = 512
-MAX_SLOTS = 2**32 - 1
+#: Slots are numbered in 31 bits: the index has a use for the 32nd.
+MAX_SLOTS = 2**31 - 1
 MAX_REPLICA_SIZE = 64 * KIB**4
 MAX_AREA_SIZE = 64 * KIB**4
 #: Generations and barriers count up from 0; what is beyond it was never counted, but forged.

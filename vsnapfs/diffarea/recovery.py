@@ -40,8 +40,10 @@ from .descriptors import (
     Descriptor,
     SectorImage,
     valid_sectors,
+    zero_blocks,
 )
-from .index import Index, Run, RunBuilder
+from .descriptors import ZEROS as DESCRIBES_ZEROS
+from .index import ZEROS, Index, Run, RunBuilder
 from .layout import (
     HEADER_SIZE,
     SECTOR_SIZE,
@@ -255,13 +257,22 @@ class _Scan:
                 table = np.frombuffer(self._choose(group, first, twin), dtype=SECTOR_DTYPE)
                 self._note_newest(group, table)
                 there = self.present - group * SLOTS_PER_GROUP  # at its end the area may be cut
-                blocks = table["entries"]["block"].reshape(-1)[:there]
-                epochs = table["entries"]["epoch"].reshape(-1)[:there]
-                in_use = blocks >= np.uint64(IN_USE)
-                blocks &= np.uint64(BLOCK_MASK)
+                entries = table["entries"].reshape(-1)[:there]
+                words, epochs = entries["block"], entries["epoch"].copy()
                 # A descriptor of an epoch or block that cannot be is no copy of anything.
-                possible = (epochs <= self.superblock.epoch) & (blocks < count) & (epochs > 0)
-                builder.add(blocks, epochs, in_use & possible)
+                possible = (
+                    (words >= np.uint64(IN_USE)) & (epochs <= self.superblock.epoch) & (epochs > 0)
+                )
+                zeros = (words & np.uint64(DESCRIBES_ZEROS)) != 0
+                where = np.flatnonzero(possible & ~zeros)
+                blocks = words[where] & np.uint64(BLOCK_MASK)
+                zeros &= possible
+                if zeros.any():
+                    epochs[zeros] |= np.uint32(ZEROS)
+                    also, more = zero_blocks(entries, np.flatnonzero(zeros))
+                    where, blocks = np.concatenate([where, also]), np.concatenate([blocks, more])
+                there_is = blocks < count
+                builder.add(where[there_is], blocks[there_is], epochs)
         return builder.finish()
 
     def _tables(self) -> Generator[tuple[int, bytearray, bytearray], None, None]:
@@ -365,7 +376,7 @@ class _Scan:
                 failing.append((slot, descriptor))
         others = _Kept(run, {descriptor.block for _, descriptor in failing})
         dropped: list[int] = []
-        for slot, (wanted, block, epoch) in failing:
+        for slot, (wanted, block, epoch, _) in failing:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
             # through to the replica, whatever that holds.
             last = others.newest(block) == epoch
@@ -384,7 +395,10 @@ class _Scan:
         return Run(np.delete(run.keys, dropped), np.delete(run.slots, dropped))
 
     def _fresh(self) -> Iterator[tuple[int, Descriptor]]:
-        """(slot, descriptor) of the copies that the newest barrier made, slots ascending."""
+        """(slot, descriptor) of the copies with data that the newest barrier made, slots ascending.
+
+        What it says of zeros is true whether it was finished or not.
+        """
         superblock = self.superblock
         for sector, image in self.newest.items():
             for place in range(SLOTS_PER_SECTOR):
@@ -392,6 +406,7 @@ class _Scan:
                 if (
                     image.fresh >> place & 1
                     and descriptor is not None
+                    and not descriptor.zeros
                     and slot < self.present
                     and 0 < descriptor.epoch <= superblock.epoch
                     and descriptor.block * superblock.block_size < superblock.replica_size

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import FormatError
 from .area import DiffArea
 from .descriptors import sector_is_valid
+from .index import SLOT_MASK, ZEROS
 from .layout import (
     SECTOR_SIZE,
     SECTORS_PER_GROUP,
@@ -25,6 +26,7 @@ from .layout import (
 from .superblock import decode
 
 _STEP = 4 << 20
+_FAILS = "fails its checksum"
 Problem = dict[str, Any]
 
 
@@ -46,7 +48,7 @@ class Verification:
         self._groups = layout.groups_of(len(area.slots))
         blocks, epochs, slots = area.index.living(live_points())
         # In the order of the disk: one pass from front to back. Arrays: writes wait meanwhile.
-        order = np.argsort(slots)
+        order = np.argsort(slots & np.uint32(SLOT_MASK), kind="stable")
         self._copies = blocks[order], epochs[order], slots[order]
         self.total = layout.metadata_size(len(area.slots)) + len(order) * layout.block_size
 
@@ -147,9 +149,10 @@ class Verification:
                 "what": "preserved block",
                 "block": block,
                 "epoch": epoch,
-                "offset": area.layout.slot_offset(slot),
+                "offset": area.place_of(slot),
             }
-            self._problem(where, "fails its checksum", points, [[start, length]])
+            message = "no descriptor says that it is zeros" if slot & ZEROS else _FAILS
+            self._problem(where, message, points, [[start, length]])
         self.done += len(part) * area.layout.block_size
 
     def _problem(

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import xxhash
 
 from ..diffarea.area import DiffArea
-from ..diffarea.descriptors import Descriptor
+from ..diffarea.descriptors import ZERO_SPAN, Descriptor, with_zeros
+from ..diffarea.index import ZEROS
 from ..errors import FaultCode, FaultError
 from .core import Core
 
@@ -27,11 +28,22 @@ _READERS = 4
 
 
 class Copied(NamedTuple):
-    """An old block that lies in its slot, and the xxh3-64 of it."""
+    """An old block that lies in its slot, and the xxh3-64 of it; None: it is zeros, not written."""
 
     block: int
     slot: int
-    checksum: int
+    checksum: int | None
+
+
+class Preserved(NamedTuple):
+    """What a barrier has made durable.
+
+    places: block → slot as the index has it. spans: the descriptors of zeros, as in
+    `DiffArea.zero_spans`.
+    """
+
+    places: dict[int, int]
+    spans: dict[int, tuple[int, Descriptor]]
 
 
 class Copier:
@@ -43,10 +55,15 @@ class Copier:
         self._readers: ThreadPoolExecutor | None = None
         #: No other threads: there is no memory for them, or the replica takes one at a time.
         self._alone = not core.replica.is_concurrent
+        self._zeros = bytes(core.block_size)
+        #: None: blocks of zeros are copied like any others.
+        self._zeros_checksum: int | None = None
+        if core.config.zero_blocks == "flag":
+            self._zeros_checksum = xxhash.xxh3_64_intdigest(self._zeros)
 
-    def copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Preserve `blocks` in `slots`, durably. FaultError."""
-        self.make_durable(area, self.stage(area, blocks, slots))
+    def copy(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> Preserved:
+        """Preserve `blocks`, durably, in `slots` as far as they are needed. FaultError."""
+        return self.make_durable(area, self.stage(area, blocks, slots))
 
     def stage(self, area: DiffArea, blocks: Sequence[int], slots: Sequence[int]) -> list[Copied]:
         """Read `blocks` and write them into `slots`. Nothing knows of them then. FaultError."""
@@ -66,10 +83,16 @@ class Copier:
                     part = ordered[start : start + at_once]
                     block = part[0][0]
                     self._read_old([block for block, _ in part], view)
+                    start_of_run = 0
                     for index, (block, slot) in enumerate(part):
                         content = view[index * size : (index + 1) * size]
-                        copied.append(Copied(block, slot, xxhash.xxh3_64_intdigest(content)))
-                    area.write_copies([slot for _, slot in part], view[: len(part) * size])
+                        checksum: int | None = xxhash.xxh3_64_intdigest(content)
+                        if checksum == self._zeros_checksum and content.tobytes() == self._zeros:
+                            checksum = None
+                            self._write(area, part[start_of_run:index], view, start_of_run)
+                            start_of_run = index + 1
+                        copied.append(Copied(block, slot, checksum))
+                    self._write(area, part[start_of_run:], view, start_of_run)
             return copied
         except FaultError as error:
             if error.block is None:
@@ -79,16 +102,43 @@ class Copier:
             # Nobody planned for this. Whatever it was, the points must not pay for it.
             raise unexpected(error, block) from error
 
-    def make_durable(self, area: DiffArea, copied: Sequence[Copied]) -> None:
+    @staticmethod
+    def _write(
+        area: DiffArea, part: Sequence[tuple[int, int]], view: memoryview, start: int
+    ) -> None:
+        """Write blocks that lie one after the other in `view`, from the one numbered `start` on."""
+        size = area.layout.block_size
+        if part:
+            data = view[start * size : (start + len(part)) * size]
+            area.write_copies([slot for _, slot in part], data)
+
+    def make_durable(self, area: DiffArea, copied: Sequence[Copied]) -> Preserved:
         """One barrier for what `stage` wrote: recorded as copies of the current epoch. FaultError.
 
-        The epoch is the one of this moment, not of the staging.
+        The epoch is the one of this moment, not of the staging. The caller records what this
+        returns before it lets another barrier begin, or what is known of zeros would be lost.
         """
         try:
             epoch = area.superblock.epoch
-            area.barrier(
-                {slot: Descriptor(checksum, block, epoch) for block, slot, checksum in copied}
-            )
+            changes: dict[int, Descriptor | None] = {}
+            places: dict[int, int] = {}
+            spans: dict[int, tuple[int, Descriptor]] = {}
+            for block, slot, checksum in copied:
+                if checksum is not None:
+                    changes[slot] = Descriptor(checksum, block, epoch)
+                    places[block] = slot
+                    continue
+                span = block // ZERO_SPAN
+                known = spans.get(span) or area.zero_spans.get(span)
+                if known is not None and known[1].epoch == epoch:
+                    slot, descriptor = known[0], with_zeros(known[1], block, epoch)
+                else:
+                    descriptor = with_zeros(None, block, epoch)
+                spans[span] = slot, descriptor
+                changes[slot] = descriptor
+                places[block] = slot | ZEROS
+            area.barrier(changes)
+            return Preserved(places, spans)
         except FaultError as error:
             if error.block is None:
                 error.block = min(block for block, _, _ in copied)

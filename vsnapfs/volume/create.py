@@ -26,6 +26,7 @@ from ..config import (
     OnFull,
     VolumeConfig,
     VolumePaths,
+    ZeroBlocks,
     check_private,
     save,
 )
@@ -63,6 +64,7 @@ def create_volume(
     block_size: int = DEFAULT_BLOCK_SIZE,
     on_full: OnFull = "offline",
     durability: Durability = "power",
+    zero_blocks: ZeroBlocks = "flag",
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -85,6 +87,7 @@ def create_volume(
         diff_area=_configured(plan.directory, plan.diff_area),
         on_full=on_full,
         durability=durability,
+        zero_blocks=zero_blocks,
     )
     try:
         return _make(plan, config, block_size, diff_area_size, progress or no_progress)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..diffarea.descriptors import ZERO_SPAN
+from ..diffarea.index import SLOT_MASK, ZEROS
+
 if TYPE_CHECKING:
     from .volume import Volume
 
@@ -14,8 +17,14 @@ def check(volume: Volume) -> None:
     if area is None or core.area_lock.locked():
         return
     points = [point.number for point in core.points]
-    live = area.index.live_slots(points).tolist()
-    assert len(set(live)) == len(live), "two copies in one slot"
+    blocks, _, slots = area.index.living(points)
+    spans: dict[int, set[int]] = {}
+    for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):
+        spans.setdefault(slot & SLOT_MASK, set()).add(block // ZERO_SPAN if slot & ZEROS else -1)
+    data = [slot for slot in slots.tolist() if not slot & ZEROS]
+    assert len(set(data)) == len(data), "two copies in one slot"
+    assert all(len(found) == 1 for found in spans.values()), "data and zeros in one slot"
+    live = list(spans)
     taken = set(area.slots.taken_from(0))
     assert set(live) <= taken, "a live copy in a free slot"
     extra = taken - set(live) - volume.room.promised - set(area.unknown_slots)

@@ -239,6 +239,7 @@ class Points:
 
             core.preserved = await in_thread(tidy)
             kept = area.index.live_slots(live)
+            area.zero_spans.clear()  # Some of their slots may be free now.
             area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
         core.changed()
         return True
@@ -263,5 +264,6 @@ class Points:
             area.index.compact([])
             core.preserved = BlockSet()
             also = (*self._room.promised, *area.unknown_slots)
+            area.zero_spans.clear()
             area.slots.keep_only(area.index.live_slots([]), also=also)
         core.changed()

@@ -41,8 +41,11 @@ from ..diffarea.descriptors import (
     SECTOR_DTYPE,
     Descriptor,
     sector_is_valid,
+    with_zeros,
+    zero_blocks,
 )
-from ..diffarea.index import EPOCH_BITS, Keys, Slots
+from ..diffarea.descriptors import ZEROS as DESCRIBES_ZEROS
+from ..diffarea.index import EPOCH_BITS, SLOT_MASK, ZEROS, Keys, Slots
 from ..diffarea.layout import SECTOR_SIZE, SECTORS_PER_GROUP, SLOTS_PER_SECTOR, TABLE_SIZE
 from ..diffarea.verify import Problem, Verification
 from ..errors import FaultError
@@ -281,7 +284,12 @@ class Repair:
             if len(waiting) == len(lost):
                 return _NOT_NEEDED
         action = "written anew from memory"
-        count = sum(len(copies[one]) for one in copies if one not in waiting)
+        count = sum(
+            not descriptor.zeros
+            for one in copies
+            if one not in waiting
+            for descriptor in copies[one].values()
+        )
         if count:
             action += f" ({count} copies whose checksum only it knew are lost)"
 
@@ -295,21 +303,29 @@ class Repair:
         return _Mending(action, work)
 
     def _copies_in(self, area: DiffArea, sectors: set[int]) -> dict[int, dict[int, Descriptor]]:
-        """What the slots of some sectors hold, by the index. Their checksums are lost: any block
-        must fail the one that is recorded now, because nothing proves it.
+        """What the slots of some sectors hold, by the index. The checksums of data are lost: any
+        block must fail the one that is recorded now, because nothing proves it.
         """
         points = [point.number for point in self._core.points]
         blocks, epochs, slots = area.index.living(points)
-        chosen = np.flatnonzero(np.isin(slots // SLOTS_PER_SECTOR, sorted(sectors)))
+        places = (slots & np.uint32(SLOT_MASK)) // SLOTS_PER_SECTOR
+        chosen = np.flatnonzero(np.isin(places, sorted(sectors)))
         copies: dict[int, dict[int, Descriptor]] = {}
         for row in chosen.tolist():
             slot = int(slots[row])
+            block, epoch = int(blocks[row]), int(epochs[row])
+            if slot & ZEROS:
+                # What the index says of zeros is all that there was to know.
+                slot &= SLOT_MASK
+                known = copies.setdefault(slot // SLOTS_PER_SECTOR, {})
+                known[slot] = with_zeros(known.get(slot), block, epoch)
+                continue
             try:
                 data = area.backing.read(area.layout.slot_offset(slot), area.layout.block_size)
                 unlike = xxhash.xxh3_64_intdigest(data) ^ 1
             except OSError:
                 unlike = 0
-            descriptor = Descriptor(unlike, int(blocks[row]), int(epochs[row]))
+            descriptor = Descriptor(unlike, block, epoch)
             copies.setdefault(slot // SLOTS_PER_SECTOR, {})[slot] = descriptor
         return copies
 
@@ -323,7 +339,10 @@ class Repair:
         if found is None:
             return _NOT_NEEDED  # Its points have been evicted since.
         slot = found[1]
-        wanted = area.descriptor_of(slot)
+        wanted = area.descriptor_of(slot & SLOT_MASK)
+        if slot & ZEROS:
+            known = wanted is not None and wanted.tells_zeros(block, epoch)
+            return _NOT_NEEDED if known else None
 
         def content_at(backing: Backing, offset: int, length: int) -> bytes:
             try:
@@ -390,8 +409,13 @@ class Repair:
         places = np.flatnonzero((entries["block"] & np.uint64(IN_USE)) != 0)
         free = [_is_free(area, first * SLOTS_PER_SECTOR + place) for place in places.tolist()]
         places = places[np.array(free, dtype=bool)]
-        slots = places + first * SLOTS_PER_SECTOR
+        zeros = (entries["block"][places] & np.uint64(DESCRIBES_ZEROS)) != 0
         blocks = entries["block"][places] & np.uint64(BLOCK_MASK)
+        if zeros.any():  # One row for each block, as for data.
+            where, more = zero_blocks(entries, places[zeros])
+            places = np.concatenate([places[~zeros], where])
+            blocks = np.concatenate([blocks[~zeros], more])
+        slots = places + first * SLOTS_PER_SECTOR
         epochs = entries["epoch"][places].astype(np.uint64)
 
         beyond = slots >= len(area.slots)
@@ -408,7 +432,8 @@ class Repair:
         at = np.minimum(live.searchsorted(keys), max(0, len(live) - 1))
         doubled = np.zeros(len(slots), dtype=bool)
         if len(live):
-            doubled = possible & (live[at] == keys) & (live_slots[at] != slots)
+            other = (live_slots[at] & np.uint32(SLOT_MASK)) != slots
+            doubled = possible & (live[at] == keys) & other
         for place in np.flatnonzero(doubled).tolist():
             copy = int(blocks[place]), int(epochs[place])
             self._doubled.setdefault(copy, []).append(int(slots[place]))
@@ -418,7 +443,7 @@ class Repair:
             ("descriptors left by a shrink that did not end", doubled),
         ):
             if chosen.any():
-                kinds.setdefault(kind, []).extend(slots[chosen].tolist())
+                kinds.setdefault(kind, []).extend(np.unique(slots[chosen]).tolist())
 
 
 def _is_free(area: DiffArea, slot: int) -> bool:

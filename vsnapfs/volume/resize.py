@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import trio
 
 from ..diffarea.area import DiffArea, check_maximum
+from ..diffarea.index import SLOT_MASK
 from ..errors import FaultError, UsageError, VsnapError
 from ..units import format_size
 from .buffer import WriteBuffer
@@ -148,9 +150,12 @@ class Resize:
         core = self._core
         async with core.area_lock:
             blocks, epochs, slots = await in_thread(area.index.everything)
-        high_up = slots >= target
-        copies = zip(blocks[high_up].tolist(), epochs[high_up].tolist(), strict=True)
-        where = dict(zip(slots[high_up].tolist(), copies, strict=True))
+        high_up = (slots & np.uint32(SLOT_MASK)) >= target
+        # Of blocks of zeros several share a slot.
+        where: dict[int, list[tuple[int, int, int]]] = {}
+        columns = (column[high_up].tolist() for column in (blocks, epochs, slots))
+        for block, epoch, slot in zip(*columns, strict=True):
+            where.setdefault(slot & SLOT_MASK, []).append((block, epoch, slot & ~SLOT_MASK))
         todo = area.slots.taken_from(target)
         for start in range(0, len(todo), _AT_ONCE):
             async with core.area_lock:
@@ -166,8 +171,9 @@ class Resize:
                 if low is None:
                     raise self._gave_up()
                 for old, new in zip(high, low, strict=True):
-                    block, epoch = where[old]
-                    moves.append((block, epoch, old, new))
+                    moves += [
+                        (block, epoch, old | flag, new | flag) for block, epoch, flag in where[old]
+                    ]
                 try:
                     await in_thread(self._move, area, moves)
                 except FaultError:

@@ -26,9 +26,10 @@ import trio
 
 from ..backing import Bytes
 from ..diffarea.area import DiffArea
+from ..diffarea.index import SLOT_MASK
 from ..errors import FaultCode, FaultError
 from .buffer import LONGEST, WriteBuffer
-from .copying import Copier, runs_of, unexpected
+from .copying import Copier, Preserved, runs_of, unexpected
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record
@@ -219,6 +220,8 @@ class Writer:
 
     async def _make_room(self, blocks: Sequence[int], offset: int, length: int) -> None:
         """There are too few free slots: grow, evict, or trip the fault and refuse the write."""
+        if self._core.config.zero_blocks == "flag" and await self._slots_come_back():
+            return  # Look again.
         try:
             await self._room.make(len(blocks))
         except FaultError as error:
@@ -226,6 +229,21 @@ class Writer:
             await self._protection.trip(error, offset=offset, length=length, needed=len(blocks))
         if not self._protection.is_online:
             raise await self._protection.refuse()
+
+    async def _slots_come_back(self) -> bool:
+        """Of slots that are reserved, those for blocks of zeros will not be used: wait for that.
+
+        False if none is reserved for a copy on its way.
+        """
+        if self._on_the_way:
+            await next(iter(self._on_the_way.values())).done.wait()
+        elif self._buffer.slots and self._buffer.stuck is None:
+            await self._buffer.room()
+        else:
+            return False
+        if not self._protection.is_online:
+            raise await self._protection.refuse()
+        return True
 
     async def _join(
         self, blocks: Sequence[int], slots: Sequence[int], offset: int, length: int
@@ -252,7 +270,7 @@ class Writer:
         core = self._core
         area = core.need_area()
         try:
-            await in_thread(self.copier.copy, area, batch.blocks, batch.slots)
+            preserved = await in_thread(self.copier.copy, area, batch.blocks, batch.slots)
         except FaultError as error:
             batch.error = error
             area.slots.release(batch.slots)
@@ -261,7 +279,7 @@ class Writer:
             batch.error = unexpected(error, batch.blocks[0])
         else:
             try:
-                self._record(area, batch)
+                self._record(area, batch, preserved)
             except Exception as error:  # noqa: BLE001 - a reader must never miss a copy
                 # Durable, but perhaps not known to readers: nothing of it may be overwritten.
                 # The slots are never given out; the next opening finds what they hold.
@@ -275,15 +293,18 @@ class Writer:
         if area.index.wants_folding():
             await in_thread(area.index.fold)
 
-    def _record(self, area: DiffArea, batch: Batch) -> None:
+    def _record(self, area: DiffArea, batch: Batch, preserved: Preserved) -> None:
         core, epoch = self._core, area.superblock.epoch
-        for block, slot in zip(batch.blocks, batch.slots, strict=True):
-            if not core.points or block in core.preserved:
-                # A point was deleted meanwhile and with it the need for this copy.
-                area.slots.release([slot])
-            else:
+        used = set()
+        for block in batch.blocks:
+            # A point may have been deleted meanwhile and with it the need for this copy.
+            if core.points and block not in core.preserved:
+                slot = preserved.places[block]
                 area.index.add(block, epoch, slot)
                 core.preserved.add(block)
+                used.add(slot & SLOT_MASK)
+        area.remember_zeros(preserved.spans, used)
+        area.slots.release([slot for slot in batch.slots if slot not in used])
 
     async def _settle(self, batch: Batch) -> None:
         """After the flush, without `area_lock`: persist a fault, then wake the writers."""
