@@ -49,7 +49,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = ok(
         *("create", "v", "--size", "1GiB", "--diff-area-size", "64MiB", "--diff-area", "d"),
         *("--replica", "r", "--from", "i", "--block-size", "4KiB", "--on-full", "evict"),
-        *("--durability", "process", "--force"),
+        *("--durability", "process", "--zero-blocks", "copy", "--force"),
     )
     del seen["progress"]
     assert seen == {
@@ -62,6 +62,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "block_size": 4096,
         "on_full": "evict",
         "durability": "process",
+        "zero_blocks": "copy",
         "force": True,
     }
     assert "vsnapfs: warning: the host is nearly full" in result.stderr
