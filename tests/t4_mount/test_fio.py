@@ -9,7 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounted_rig import MIB, Fio, Machine, Rig, fio_must_succeed, read_direct, report, sha256
+from mounted_rig import (
+    MIB,
+    Fio,
+    Machine,
+    Rig,
+    fio_must_succeed,
+    read_direct,
+    report,
+    sha256,
+    until,
+)
 from stamps import Stamper, nasty_extents
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_fio]
@@ -115,13 +125,15 @@ def test_a_point_taken_while_fio_is_paused_is_a_copy_of_the_replica(machine: Mac
     )
     machine.later(job.kill)
     copies: dict[int, Path] = {}
+    until(lambda: rig.image.stat().st_blocks > 0)
     for turn in range(4):
-        time.sleep(0.5)
+        before = rig.status()["diff_area"]["used"]
+        # Something has been overwritten since the last point, if there was one.
+        until(lambda before=before: not copies or rig.status()["diff_area"]["used"] > before)
         with job.paused():
             number = rig.create_point()
             copies[number] = machine.base / f"copy{turn}"
             shutil.copyfile(rig.replica, copies[number])
-    time.sleep(0.5)
     assert job.running
     job.kill()
     checksums = {number: sha256(copy) for number, copy in copies.items()}
@@ -175,7 +187,7 @@ def test_the_stamping_writer_finds_what_it_is_there_to_find(tmp_path: Path) -> N
     file.write_bytes(bytes(MIB))
     stamper = Stamper(file, extents, 2, seed=2)
     stamper.start(bytes(MIB))
-    time.sleep(0.2)
+    until(lambda: all(len(log.writes) > 100 for log in stamper._logs))
     stamper.stop()
     before = stamper.tick()
     good = file.read_bytes()
