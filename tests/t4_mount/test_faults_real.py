@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,17 @@ def must_be_exact(rig: Rig, checksums: dict[int, str], work: Path) -> None:
 
 
 def write_until_refused(fd: int, size: int, step: int = 100_000) -> tuple[int, int]:
-    """Overwrite from the start on until it fails: (errno, offset)."""
-    for offset in range(0, size - step, step):
-        code = errno_of(os.pwrite, fd, os.urandom(step), offset)
-        if code:
-            return code, offset
+    """Overwrite from the start on until it fails: (errno, offset).
+
+    The write buffer may acknowledge as much as it holds before the first copy has failed; so from
+    the end it begins again, for a minute.
+    """
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for offset in range(0, size - step, step):
+            code = errno_of(os.pwrite, fd, os.urandom(step), offset)
+            if code:
+                return code, offset
     raise AssertionError("nothing was refused")
 
 
