@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
 import threading
@@ -271,7 +272,8 @@ def test_silent_and_slow_clients_hold_nobody_up(server: Running) -> None:
         connection.sendall(b'{"op": "verify"}\n')  # and never reads
     started = time.monotonic()
     assert result(server, "rp_list") == []
-    assert time.monotonic() - started < 1
+    # Long before the first of them is let go.
+    assert time.monotonic() - started < control.IDLE_SECONDS / 2
     for connection in idle:
         connection.close()
     assert result(server, "rp_list") == []
@@ -281,9 +283,9 @@ def test_a_silent_client_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Who has not asked within the time limit is disconnected, also if bytes trickle in."""
     monkeypatch.setattr(control, "IDLE_SECONDS", 0.3)
     with running(tmp_path) as server, server.connect() as silent, server.connect() as trickling:
-        started = time.monotonic()
+        end = time.monotonic() + 30
         trickling.settimeout(0.05)
-        while time.monotonic() - started < 5:
+        while time.monotonic() < end:
             try:
                 trickling.sendall(b"x")
                 if trickling.recv(1) == b"":
@@ -292,7 +294,8 @@ def test_a_silent_client_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 continue
             except (BrokenPipeError, ConnectionResetError):
                 break
-        assert time.monotonic() - started < 2
+        else:
+            pytest.fail("bytes that trickle in keep the connection")
         assert silent.recv(1) == b""
 
 
@@ -305,11 +308,11 @@ def test_a_client_that_does_not_read_is_let_go(
         server.volume.status = lambda: {"x": "y" * 10_000_000}  # type: ignore[method-assign]
         with server.connect() as connection:
             connection.sendall(b'{"op": "status"}\n')
-            time.sleep(1)
-            with pytest.raises(StopIteration), connection.makefile("rb") as file:
-                received = file.read()
-                assert len(received) < 10_000_000
-                raise StopIteration
+            hung_up = select.poll()
+            hung_up.register(connection, select.POLLRDHUP)
+            assert hung_up.poll(30_000)
+            with connection.makefile("rb") as file:
+                assert len(file.read()) < 10_000_000
         assert result(server, "rp_list") == []
 
 
@@ -324,7 +327,7 @@ def test_too_many_clients_are_told_so(tmp_path: Path, monkeypatch: pytest.Monkey
         assert error(server, {"op": "rp_list"})["code"] == "too-many"
         for connection in idle:
             connection.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while "error" in ask(server, {"op": "rp_list"})[-1]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -404,7 +407,7 @@ def test_when_the_client_leaves(
         assert volume.data[0] == 0
 
 
-def wait_for(condition: Any, seconds: float = 5) -> bool:
+def wait_for(condition: Any, seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -432,7 +435,7 @@ def test_at_the_end_looking_is_ended_and_changing_finishes(server: Running) -> N
         async def finish() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.server.finish_operations)
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     while "verify" not in volume.ended:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 assert "restore" not in volume.ended

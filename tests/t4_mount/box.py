@@ -20,7 +20,7 @@ MIB = 1 << 20
 SIZE = 8 * MIB + 12345  # no multiple of anything
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 10) -> bool:
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

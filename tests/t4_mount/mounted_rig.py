@@ -57,12 +57,12 @@ def vsnapfs(*args: str | Path, code: int = 0, timeout: float = 60) -> str:
     return done.stdout + done.stderr
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait until something is so; fail when it never is."""
+def until(condition: Callable[[], Any], seconds: float = 60, *, pause: float = 0.02) -> None:
+    """Wait until something is so; fail when it never is. Looks every `pause` seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s in vain"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 def alive(pid: int) -> bool:
@@ -210,7 +210,7 @@ class Rig:
 
     def carried_out(self) -> None:
         """Wait until nothing acknowledged is left in the write buffer."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while self.status()["write_buffer"]["writes"]:
             assert time.monotonic() < end, self.status()["write_buffer"]
             time.sleep(0.05)

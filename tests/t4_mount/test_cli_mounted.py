@@ -61,7 +61,7 @@ def write(place: Path, offset: int, data: bytes) -> None:
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)

@@ -57,11 +57,17 @@ def must_be_exact(rig: Rig, checksums: dict[int, str], work: Path) -> None:
 
 
 def write_until_refused(fd: int, size: int, step: int = 100_000) -> tuple[int, int]:
-    """Overwrite from the start on until it fails: (errno, offset)."""
-    for offset in range(0, size - step, step):
-        code = errno_of(os.pwrite, fd, os.urandom(step), offset)
-        if code:
-            return code, offset
+    """Overwrite from the start on until it fails: (errno, offset).
+
+    The write buffer may acknowledge as much as it holds before the first copy has failed; so from
+    the end it begins again, for a minute.
+    """
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for offset in range(0, size - step, step):
+            code = errno_of(os.pwrite, fd, os.urandom(step), offset)
+            if code:
+                return code, offset
     raise AssertionError("nothing was refused")
 
 
@@ -315,7 +321,7 @@ def test_growing_that_takes_too_long(machine: Machine) -> None:
         ioengine="libaio", iodepth=16,
     )  # fmt: skip
     machine.later(job.kill)
-    time.sleep(1.5)
+    until(lambda: 88 in rig.event_ids())
     sh("fsfreeze", "--unfreeze", host)
     assert job.end()["error"] == errno.ENODEV
     assert rig.fault() == 9

@@ -9,7 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounted_rig import MIB, Fio, Machine, Rig, fio_must_succeed, read_direct, report, sha256
+from mounted_rig import (
+    MIB,
+    Fio,
+    Machine,
+    Rig,
+    fio_must_succeed,
+    read_direct,
+    report,
+    sha256,
+    until,
+)
 from stamps import Stamper, nasty_extents
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_fio]
@@ -26,14 +36,32 @@ VERIFY = {
 }
 
 
-def points_while(fio: Fio, rig: Rig, pause: float, at_most: int) -> dict[int, str]:
-    """Create points as long as fio runs; number → sha256 right after creation, read directly."""
-    taken: dict[int, str] = {}
-    while fio.running and len(taken) < at_most:
-        number = rig.create_point()
-        taken[number] = sha256(rig.point(number), direct=True)
-        time.sleep(pause)
-    return taken
+def verified_with_points_meanwhile(
+    machine: Machine, rig: Rig, seed: int, **job: object
+) -> tuple[int, dict[int, str]]:
+    """Run fio's verification, and create points as long as it runs.
+
+    Twice, and again until four points were answered while fio was running: which of the two is the
+    faster is up to the machine. Returns the bytes verified, and of each point number → sha256 right
+    after creation, read directly.
+    """
+    total, meanwhile, taken = 0, 0, {}
+    for turn in range(8):
+        fio = Fio(machine.base, f"turn{turn}", randseed=seed + turn, **job, **VERIFY)
+        machine.later(fio.kill)
+        # Not more: the area must hold what all of them keep.
+        for _ in range(4):
+            if not fio.running:
+                break
+            number = rig.create_point()
+            meanwhile += fio.running
+            taken[number] = sha256(rig.point(number), direct=True)
+            time.sleep(0.2)
+        total += fio_must_succeed(fio.end(), 90 * MIB)
+        if turn >= 1 and meanwhile >= 4:
+            break
+    assert meanwhile >= 4
+    return total, taken
 
 
 def must_be_unchanged(rig: Rig, taken: dict[int, str]) -> None:
@@ -48,24 +76,11 @@ def test_random_writes_on_the_file_verify_with_points_meanwhile(
 ) -> None:
     """Unaligned writes of 512 B to 256 KiB at depth 32 read back; points keep their checksum."""
     size = 96 * MIB + 4096 + 513
-    rig = machine.rig(size=size, area=1024 * MIB)
+    rig = machine.rig(size=size, area=2048 * MIB)
     rig.mount()
-    total, taken = 0, {}
-    for turn in range(2):
-        job = Fio(
-            machine.base,
-            f"file{turn}",
-            filename=rig.replica,
-            size=size,
-            bsrange="512-256k",
-            bs_unaligned=1,
-            randseed=turn + 1,
-            **VERIFY,
-        )
-        machine.later(job.kill)
-        taken |= points_while(job, rig, 0.2, at_most=6)
-        total += fio_must_succeed(job.end(), 90 * MIB)
-    assert len(taken) >= 4
+    total, taken = verified_with_points_meanwhile(
+        machine, rig, 1, filename=rig.replica, size=size, bsrange="512-256k", bs_unaligned=1
+    )
     must_be_unchanged(rig, taken)
     assert rig.call("verify")["ok"]
     report(record_property, "bytes verified by fio on the file", total)
@@ -79,23 +94,12 @@ def test_random_writes_on_the_loop_device_verify_with_points_meanwhile(
     machine: Machine, record_property: Callable[[str, object], None]
 ) -> None:
     """The same over a loop device in multiples of its sector: no error, points keep theirs."""
-    rig = machine.rig(size=96 * MIB, area=1024 * MIB)
+    rig = machine.rig(size=96 * MIB, area=2048 * MIB)
     rig.mount()
     device = rig.attach()
-    total, taken = 0, {}
-    for turn in range(2):
-        job = Fio(
-            machine.base,
-            f"loop{turn}",
-            filename=device,
-            bsrange="512-256k",
-            randseed=turn + 11,
-            **VERIFY,
-        )
-        machine.later(job.kill)
-        taken |= points_while(job, rig, 0.2, at_most=6)
-        total += fio_must_succeed(job.end(), 90 * MIB)
-    assert len(taken) >= 4
+    total, taken = verified_with_points_meanwhile(
+        machine, rig, 11, filename=device, bsrange="512-256k"
+    )
     must_be_unchanged(rig, taken)
     assert rig.call("verify")["ok"]
     report(record_property, "bytes verified by fio on the loop device", total)
@@ -121,13 +125,15 @@ def test_a_point_taken_while_fio_is_paused_is_a_copy_of_the_replica(machine: Mac
     )
     machine.later(job.kill)
     copies: dict[int, Path] = {}
+    until(lambda: rig.image.stat().st_blocks > 0)
     for turn in range(4):
-        time.sleep(0.5)
+        before = rig.status()["diff_area"]["used"]
+        # Something has been overwritten since the last point, if there was one.
+        until(lambda before=before: not copies or rig.status()["diff_area"]["used"] > before)
         with job.paused():
             number = rig.create_point()
             copies[number] = machine.base / f"copy{turn}"
             shutil.copyfile(rig.replica, copies[number])
-    time.sleep(0.5)
     assert job.running
     job.kill()
     checksums = {number: sha256(copy) for number, copy in copies.items()}
@@ -181,7 +187,7 @@ def test_the_stamping_writer_finds_what_it_is_there_to_find(tmp_path: Path) -> N
     file.write_bytes(bytes(MIB))
     stamper = Stamper(file, extents, 2, seed=2)
     stamper.start(bytes(MIB))
-    time.sleep(0.2)
+    until(lambda: all(len(log.writes) > 100 for log in stamper._logs))
     stamper.stop()
     before = stamper.tick()
     good = file.read_bytes()

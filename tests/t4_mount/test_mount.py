@@ -9,7 +9,6 @@ import os
 import random
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,12 +79,13 @@ def test_status_and_events_are_live(mounted: Box) -> None:
 
 def test_tail_follows_events_log(mounted: Box) -> None:
     """`tail -f` shows an event soon after it has happened."""
-    command = ["tail", "-n", "0", "-s", "0.1", "-f", str(mounted.place / "events.log")]
+    command = ["tail", "-n", "+1", "-s", "0.1", "-f", str(mounted.place / "events.log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
         try:
-            time.sleep(0.5)
-            mounted.call("rp_create", label="watched")
             assert tail.stdout is not None
+            for _ in (mounted.place / "events.log").read_text().splitlines():
+                assert "watched" not in tail.stdout.readline()
+            mounted.call("rp_create", label="watched")
             assert "watched" in tail.stdout.readline()
         finally:
             tail.terminate()

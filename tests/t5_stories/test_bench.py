@@ -404,7 +404,7 @@ def test_a_small_run_from_start_to_end(tmp_path: Path) -> None:
 
 @contextmanager
 def running(place: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that is at an ext4 on a loop device on a file of vsnapfs."""
+    """A run that is at an ext4 on a loop device on a file of vsnapfs, and stands still there."""
     words = ("--quick", "--rounds", "9", "--cells", "ext4", "--systems", "vsnapfs")
     process = subprocess.Popen(
         command(*words, "--directory", place),
@@ -414,8 +414,14 @@ def running(place: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     try:
-        assert machine.wait_for(lambda: len(mounted_below(place)) == 2, 60)
-        time.sleep(0.3)  # somewhere in the middle
+        stands_still = False
+        while not stands_still:  # or it was through with it just then
+            process.send_signal(signal.SIGCONT)
+            assert machine.wait_for(lambda: len(mounted_below(place)) == 2, 60)
+            time.sleep(0.3)  # somewhere in the middle
+            process.send_signal(signal.SIGSTOP)
+            assert machine.wait_for(lambda: state_of(process.pid) == "T", 60)
+            stands_still = len(mounted_below(place)) == 2 and bool(loops_below(place))
         yield process
     finally:
         process.kill()
@@ -428,9 +434,7 @@ def mounted_below(place: Path) -> list[str]:
 
 def loops_below(place: Path) -> dict[str, str]:
     """Loop device → its file, as it is called while its mount is there and once it is detached."""
-    found = {device: file for device, file in loop_devices().items() if str(place) in file}
-    assert found
-    return found
+    return {device: file for device, file in loop_devices().items() if str(place) in file}
 
 
 def is_attached(loops: dict[str, str]) -> bool:
@@ -443,11 +447,16 @@ def servers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children.split()]
 
 
-def is_running(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """As ps shows it; Z if the process is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "Z"
+
+
+def is_running(pid: int) -> bool:
+    return state_of(pid) != "Z"
 
 
 @pytest.mark.needs_fio
@@ -460,6 +469,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, how: signal.Si
     with running(tmp_path) as process:
         servers, loops = servers_of(process), loops_below(tmp_path)
         process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Interrupted" in said
@@ -485,7 +495,7 @@ def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None
     assert mounted_below(tmp_path)
     (left,) = tmp_path.iterdir()
     assert machine.remove_stale(tmp_path) == [left]
-    assert machine.wait_for(lambda: not any(map(is_running, servers)), 10)
+    assert machine.wait_for(lambda: not any(map(is_running, servers)), 60)
     assert mounted_below(tmp_path) == []
     assert not is_attached(loops)
     assert list(tmp_path.iterdir()) == []
