@@ -157,7 +157,7 @@ def test_restore_brings_the_point_back_and_keeps_the_others(vol: Path, tmp_path:
 
 def test_a_full_diff_area_and_every_way_out(vol: Path, tmp_path: Path) -> None:
     """Fault 8: status says so with 3, points export, resize and online bring it back."""
-    write(vol, (0, noise(6, 1 * MIB)))
+    write(vol, *((at, noise(at, 65536)) for at in range(0, 8 * MIB, 65536)))
     ok("rp", "create", vol)
     ok("rp", "export", vol, "1", tmp_path / "before.img")
     fill(vol)

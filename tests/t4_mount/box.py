@@ -29,14 +29,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> bool:
     return True
 
 
-def alive(pid: int) -> bool:
-    """Whether the process still runs; one that only waits to be collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 class Box:
     """One volume and its mountpoint."""
 

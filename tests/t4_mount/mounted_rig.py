@@ -66,11 +66,19 @@ def until(condition: Callable[[], Any], seconds: float = 60, *, pause: float = 0
 
 
 def alive(pid: int) -> bool:
-    """Whether a process still runs; one that only waits to be collected does not."""
+    """Whether a process still runs; one that only waits to be collected does not.
+
+    Its first thread may be through before the last one has closed the process's files.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:
         return False
+    for thread in threads:
+        with suppress(OSError):
+            if (thread / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                return True
+    return False
 
 
 def errno_of(call: Callable[..., Any], *args: Any) -> int:

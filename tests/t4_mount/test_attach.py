@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from box import MIB, Box, alive, wait_for
+from box import MIB, Box, wait_for
+from mounted_rig import alive
 
 from vsnapfs.daemon import mounts
 from vsnapfs.errors import BusyError, VsnapError

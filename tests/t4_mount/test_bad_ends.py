@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from box import MIB, Box, alive, wait_for
+from box import MIB, Box, wait_for
+from mounted_rig import alive
 
 from vsnapfs.daemon import client, mounts
 from vsnapfs.errors import VsnapError

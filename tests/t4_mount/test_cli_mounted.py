@@ -152,8 +152,9 @@ def test_attach_fault_detach_and_attach_anew(vol: Path, tmp_path: Path) -> None:
     try:
         assert "attached already" in vsnapfs("attach", vol, code=1).stderr
         assert "vsnapfs detach" in vsnapfs("umount", vol, code=1).stderr
+        fill = ("dd", "if=/dev/urandom", f"of={device}", "bs=1M", "count=8", "oflag=direct")
+        subprocess.run(fill, capture_output=True, check=True, timeout=60)
         vsnapfs("rp", "create", vol)
-        fill = ("dd", "if=/dev/zero", f"of={device}", "bs=1M", "count=8", "oflag=direct")
         failed = subprocess.run(fill, capture_output=True, text=True, check=False, timeout=60)
         assert failed.returncode == 1
         vsnapfs("resize", vol, "--diff-area-size", "16MiB")

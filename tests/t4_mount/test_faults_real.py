@@ -307,7 +307,7 @@ def test_growing_that_takes_too_long(machine: Machine) -> None:
     """A host that stalls while the area must grow: after grow-timeout fault 9, points exact."""
     host = machine.host(128 * MIB)
     rig = machine.rig(size=SIZE, area=64 * MIB, diff_area=host / "area")
-    rig.configure(grow_timeout=0.3)
+    rig.configure(grow_timeout=0.3, zero_blocks="copy")
     rig.mount()
     checksums = with_points(rig, 1)
     # The first write that needs a copy makes the write buffer and has the superblock name it.

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box import MIB, SIZE, Box, alive, refused, wait_for
+from box import MIB, SIZE, Box, refused, wait_for
+from mounted_rig import alive
 
 from vsnapfs.daemon import client, mounts, server
 from vsnapfs.errors import BusyError, UsageError, VsnapError
