@@ -215,6 +215,38 @@ def test_a_shrink_takes_flags_along() -> None:
         rig_.run(look)
 
 
+def test_a_flag_that_a_shrink_is_about_to_move_takes_no_more_blocks() -> None:
+    """R1: zeros preserved while a shrink looks for what lies high up are found after it."""
+    rig_ = rig(maximum=SMALLEST + 200 * BLOCK)
+    before: dict[int, bytes] = {}
+
+    async def go(volume: Volume) -> None:
+        await volume.create_point()
+        before.update(await read_points(volume))
+        slots = volume.core.need_area().slots
+        low = slots.reserve(40)
+        assert low is not None
+        await write(volume, 0, pattern(1, BLOCK))
+        await flush(volume)
+        slots.release(low)
+        assert min(slots.taken_from(0)) >= LAYOUT.slots_in(SMALLEST)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.resize, SMALLEST)
+            for block in range(1, 40):
+                await trio.lowlevel.checkpoint()
+                nursery.start_soon(write, volume, block * BLOCK, pattern(1, BLOCK))
+        await flush(volume)
+        volume.check_invariants()
+        assert await read_points(volume) == before
+
+    async def look(volume: Volume) -> None:
+        assert await read_points(volume) == before
+
+    rig_.run(go)
+    rig_.killed()
+    rig_.run(look)
+
+
 def flip(rig_: Rig, offset: int) -> None:
     old = rig_.host.files["area"].cache.read(offset, 1)[0]
     for pages in (rig_.host.files["area"].cache, rig_.host.files["area"].disk):
