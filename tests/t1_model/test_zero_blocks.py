@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 from contextlib import suppress
+from unittest import mock
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from powercuts import by_dice, everything_kept, nothing_kept
 from rig import BLOCK, SMALLEST, Rig, attempt, flush, pattern, read_points, small_steps, write
 from simdisk import PowerLoss
 
+from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.descriptors import ZERO_SPAN
 from vsnapfs.diffarea.index import SLOT_MASK, ZEROS
 from vsnapfs.diffarea.layout import SLOTS_PER_SECTOR, Layout
@@ -213,6 +215,62 @@ def test_a_shrink_takes_flags_along() -> None:
         rig_.run(go)
         rig_.killed()
         rig_.run(look)
+
+
+def test_a_flag_that_a_shrink_is_about_to_move_takes_no_more_blocks() -> None:
+    """R1: zeros preserved while a shrink looks for what lies high up are found after it."""
+    rig_ = rig(maximum=SMALLEST + 200 * BLOCK)
+    before: dict[int, bytes] = {}
+
+    async def go(volume: Volume) -> None:
+        await volume.create_point()
+        before.update(await read_points(volume))
+        slots = volume.core.need_area().slots
+        low = slots.reserve(40)
+        assert low is not None
+        await write(volume, 0, pattern(1, BLOCK))
+        await flush(volume)
+        slots.release(low)
+        assert min(slots.taken_from(0)) >= LAYOUT.slots_in(SMALLEST)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.resize, SMALLEST)
+            for block in range(1, 40):
+                await trio.lowlevel.checkpoint()
+                nursery.start_soon(write, volume, block * BLOCK, pattern(1, BLOCK))
+        await flush(volume)
+        volume.check_invariants()
+        assert await read_points(volume) == before
+
+    async def look(volume: Volume) -> None:
+        assert await read_points(volume) == before
+
+    rig_.run(go)
+    rig_.killed()
+    rig_.run(look)
+
+
+def test_what_could_not_be_recorded_stays_described() -> None:
+    """No memory after a barrier: blocks described by it are not forgotten by the next one."""
+    rig_ = rig()
+    before: dict[int, bytes] = {}
+
+    async def go(volume: Volume) -> None:
+        await volume.create_point()
+        before.update(await read_points(volume))
+        await write(volume, 0, pattern(1, BLOCK))
+        with mock.patch.object(DiffArea, "remember_zeros", side_effect=MemoryError):
+            assert await attempt(write(volume, BLOCK, pattern(1, BLOCK))) is not None
+        await volume.online()
+        for block in (2, 1):
+            await write(volume, block * BLOCK, pattern(1, BLOCK))
+        assert await read_points(volume) == before
+
+    async def look(volume: Volume) -> None:
+        assert await read_points(volume) == before
+
+    rig_.run(go)
+    rig_.killed()
+    rig_.run(look)
 
 
 def flip(rig_: Rig, offset: int) -> None:

@@ -381,7 +381,6 @@ class DiffArea(AreaStore):
             self.write_copies([new], memoryview(data)[:size])
             changes[new] = Descriptor(descriptor.hash, block, epoch)
         self.barrier(changes)
-        self.zero_spans.clear()  # They may have moved.
 
     def clear_descriptors(self, slots: Iterable[int]) -> None:
         """Mark slots unused on disk, durably, so that a later growth cannot revive them."""

@@ -149,6 +149,8 @@ class Resize:
     async def _move_down(self, area: DiffArea, target: int, progress: Progress) -> None:
         core = self._core
         async with core.area_lock:
+            # What is written from now on must not be described where something will move away.
+            area.zero_spans.clear()
             blocks, epochs, slots = await in_thread(area.index.everything)
         high_up = (slots & np.uint32(SLOT_MASK)) >= target
         # Of blocks of zeros several share a slot.

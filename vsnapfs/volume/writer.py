@@ -284,6 +284,8 @@ class Writer:
                 # Durable, but perhaps not known to readers: nothing of it may be overwritten.
                 # The slots are never given out; the next opening finds what they hold.
                 area.unknown_slots += tuple(batch.slots)
+                # The disk says more than these, and the index may know it: nothing is taken back.
+                area.zero_spans.clear()
                 batch.error = unexpected(error, batch.blocks[0])
         if batch.error is not None and core.config.on_full != "evict":
             self._protection.mark(
