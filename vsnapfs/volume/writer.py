@@ -20,6 +20,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import trio
@@ -289,7 +290,9 @@ class Writer:
             )
         self._room.promised.difference_update(batch.slots)
         if area.index.wants_folding():
-            await in_thread(area.index.fold)
+            # Without memory for that the copies are there all the same; the next batch tries again.
+            with suppress(MemoryError):
+                await in_thread(area.index.fold)
 
     def _record(self, area: DiffArea, batch: Batch, preserved: Preserved) -> None:
         core, epoch = self._core, area.superblock.epoch
