@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from contextlib import suppress
 from unittest import mock
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from powercuts import by_dice, everything_kept, nothing_kept
 from rig import BLOCK, SMALLEST, Rig, attempt, flush, pattern, read_points, small_steps, write
-from simdisk import PowerLoss
+from simdisk import PowerLoss, SimBacking
 
 from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.descriptors import ZERO_SPAN
@@ -181,6 +182,41 @@ def test_a_full_area_takes_zeros_as_long_as_there_is_one_slot(buffer: int) -> No
         assert rig_.log.ids() == [38, 87]
 
     rig_.run(go)
+
+
+def test_a_long_write_that_waited_for_slots_leaves_to_the_buffer_what_it_took() -> None:
+    """W2: it looks again; what is being overwritten meanwhile must not be copied once more."""
+    rig_ = rig(maximum=SMALLEST, buffer=64 * 1024)  # 32 slots
+    rig_.threads = True
+    before: dict[int, bytes] = {}
+
+    def slow_disk(backing: SimBacking, operation: str, _offset: int, _length: int) -> None:
+        time.sleep(
+            {("area", "sync"): 0.05, ("replica", "read"): 0.01}.get((backing.name, operation), 0)
+        )
+
+    async def go(volume: Volume) -> None:
+        await write(volume, 0, pattern(1, 22 * BLOCK))
+        await volume.create_point()
+        before.update(await read_points(volume))
+        await write(volume, 100 * BLOCK, b"x")
+        await flush(volume)
+        rig_.host.hooks.append(slow_disk)
+        async with trio.open_nursery() as nursery:
+            for block, count in ((64, 13), (80, 13), (0, 14), (0, 1)):
+                nursery.start_soon(write, volume, block * BLOCK, pattern(2, count * BLOCK))
+                await trio.sleep(0.01)
+        await flush(volume)
+        assert volume.protection.is_online
+
+    async def look(volume: Volume) -> None:
+        assert await read_points(volume) == before
+
+    with mock.patch("vsnapfs.volume.writer.LONGEST", 13 * BLOCK):
+        rig_.run(go)
+        rig_.run(look)
+        rig_.killed()
+        rig_.run(look)
 
 
 def test_a_shrink_takes_flags_along() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from rig import Rig, flush, pattern, read_points, small_steps, write
 
 from vsnapfs.backing import FileBacking
+from vsnapfs.diffarea.index import Index
 from vsnapfs.errors import FaultCode, FaultError
+from vsnapfs.volume import Volume
 from vsnapfs.volume.copying import Copier
 
 BLOCK, COUNT = 4096, 200
@@ -96,3 +99,26 @@ def test_without_memory_for_threads_one_reads_alone(
         copier._read_old(BLOCKS, memoryview(view))
     assert view == wanted(replica, BLOCKS)
     assert not [t for t in threading.enumerate() if t.name.startswith("vsnapfs-reader")]
+
+
+@pytest.mark.parametrize("buffer", [0, 64 * 1024])
+def test_without_memory_to_fold_the_index_copies_count_all_the_same(buffer: int) -> None:
+    """W2 and P2: no write is refused for it, and no slot with a copy is given out again."""
+    rig = Rig(size=20 * BLOCK, buffer=buffer)
+
+    async def go(volume: Volume) -> None:
+        await write(volume, 0, pattern(1, 20 * BLOCK))
+        await volume.create_point()
+        before = await read_points(volume)
+        with mock.patch.object(Index, "fold", side_effect=MemoryError):
+            for block in range(8):
+                await write(volume, block * BLOCK, pattern(2, BLOCK))
+            await flush(volume)
+        assert volume.protection.is_online
+        volume.check_invariants()
+        await write(volume, 0, pattern(3, 20 * BLOCK))
+        await flush(volume)
+        assert await read_points(volume) == before
+
+    with small_steps():
+        rig.run(go)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import trio
@@ -194,21 +195,17 @@ class Writer:
     # -- preserving -----------------------------------------------------------------------------
 
     async def _preserve(self, blocks: list[int], offset: int, length: int) -> None:
-        """Return when every one of `blocks` is durably preserved, or need not be any more."""
+        """Return when every one of `blocks` is durably preserved, or when that is to be looked at
+        again: there was no room, and meanwhile the buffer may have taken some of them.
+        """
         core = self._core
         # Shielded: a request that is given up must not leave a batch without its leader.
         with trio.CancelScope(shield=True):
-            while True:
-                blocks = [block for block in blocks if block not in core.preserved]
-                if not blocks or not core.points:
-                    return
-                fresh = [block for block in blocks if block not in self._on_the_way]
-                slots = core.need_area().slots.reserve(len(fresh))
-                if slots is None:
-                    # The look above is stale after any await: start over.
-                    await self._make_room(fresh, offset, length)
-                    continue
-                break
+            fresh = [block for block in blocks if block not in self._on_the_way]
+            slots = core.need_area().slots.reserve(len(fresh))
+            if slots is None:
+                await self._make_room(fresh, offset, length)
+                return
             self._room.look_ahead()
             batches = {self._on_the_way[block] for block in blocks if block in self._on_the_way}
             if fresh:
@@ -293,7 +290,9 @@ class Writer:
             )
         self._room.promised.difference_update(batch.slots)
         if area.index.wants_folding():
-            await in_thread(area.index.fold)
+            # Without memory for that the copies are there all the same; the next batch tries again.
+            with suppress(MemoryError):
+                await in_thread(area.index.fold)
 
     def _record(self, area: DiffArea, batch: Batch, preserved: Preserved) -> None:
         core, epoch = self._core, area.superblock.epoch
