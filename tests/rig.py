@@ -8,6 +8,7 @@ thread unless a test asks for real threads, so that a seed decides the order of 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -293,6 +294,7 @@ def acknowledged(rig: Rig, volume: Volume) -> bytes:
     return bytes(lay_over(raw_replica(rig), parts))
 
 
+@functools.lru_cache(1000)  # A trial writes what the one before it wrote.
 def pattern(seed: int, length: int) -> bytes:
     """Bytes that differ from one seed to the next and from one 512-byte sector to the next."""
     words = [f"<{seed:08x}.{word:06x}>".encode() for word in range(-(-length // 16) + 1)]

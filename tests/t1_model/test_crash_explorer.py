@@ -63,6 +63,7 @@ def test_power_failures_lose_nothing() -> None:
     assert last.endswith(": 0 violations")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_the_explorer_finds_an_engine_that_is_wrong(mutant: Callable[..., None]) -> None:
     """Each rule of the order, broken on purpose, is found in the workload that needs it."""
@@ -77,6 +78,7 @@ def test_the_explorer_finds_an_engine_that_is_wrong(mutant: Callable[..., None])
     print(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", sorted(set(MUTANTS.values())))
 def test_the_engine_as_it_is_passes_where_the_mutants_fail(workload: str) -> None:
     """What finds the mutants finds nothing in the engine itself."""
@@ -90,6 +92,7 @@ def test_the_same_seed_finds_the_same_images() -> None:
     assert first.states == second.states
 
 
+@pytest.mark.slow
 def test_a_violation_is_reduced_to_the_operations_it_needs() -> None:
     """Whoever reads it is shown no operation that could be left out."""
     workload = parse("fresh: create A BC offline online AB flush delete-oldest A reopen")

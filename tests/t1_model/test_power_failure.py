@@ -122,8 +122,6 @@ WORKLOADS: dict[Workload, dict[str, Any]] = {
     resizing: {"maximum": SMALLEST + 64 * BLOCK},
     filling: {"maximum": SMALLEST},
 }
-#: Explored in the first run only.
-LONG = (at_once, resizing, filling)
 
 
 def tell(workload: Workload, **options: Any) -> Story:
@@ -134,7 +132,7 @@ def tell(workload: Workload, **options: Any) -> Story:
 @pytest.mark.parametrize(
     "workload",
     [
-        pytest.param(workload, marks=pytest.mark.slow if workload in LONG else ())
+        pytest.param(workload, marks=() if workload is overwriting else pytest.mark.slow)
         for workload in WORKLOADS
     ],
     ids=[workload.__name__ for workload in WORKLOADS],

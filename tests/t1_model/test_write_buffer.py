@@ -218,7 +218,7 @@ def explored(play: Callable[..., None], examples: int) -> None:
 @pytest.mark.time_limit(600)
 def test_what_was_acknowledged_is_there_whenever_the_end_comes() -> None:
     """W2, W3, W4 with buffered writes: kills and power failures before any disk operation."""
-    explored(play, 400)
+    explored(play, 4 * settings.default.max_examples)
 
 
 async def _nothing(*_args: Any, **_options: Any) -> None:
@@ -265,6 +265,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 @pytest.mark.time_limit(300)
 def test_a_buffer_that_breaks_a_rule_is_found(name: str) -> None:

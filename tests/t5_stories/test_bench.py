@@ -39,6 +39,8 @@ TINY = (
     Cell("cached", "read", MIB, 1, warm=True, span=4 * MIB, seconds=0.3),
 )
 TINY_EXT4 = Cell("ext4", "randrw", 16 * KIB, 8, warm=False, span=16 * MIB)
+#: Systems that are another one's with one option changed.
+VARIANTS = {"vsnapfs-64k", "vsnapfs-process", "qemu-16k"}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -268,6 +270,8 @@ def test_every_kind_of_cell_can_be_measured(name: str, work: Path) -> None:
     if (why := system.missing()) is not None:
         pytest.skip(f"{name}: {why}")
     wanted = [*TINY, *([TINY_EXT4] if os.geteuid() == 0 else [])]
+    if name in VARIANTS:
+        wanted = [cell for cell in wanted if cell.state in {"first", "point"}]
     outcome = carried_out(work, wanted, [system])
     skipped = {entry["cell"] for entry in outcome["not_for"]}
     assert [row["cell"] for row in outcome["results"]] == [
