@@ -2,7 +2,7 @@
 
 * `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`: without it the test is skipped with the
   reason; when CI=true it fails instead, so that a green CI means that it ran.
-* every test has a time limit (`@pytest.mark.time_limit(seconds)` for another than 120 s), because
+* every test has a time limit (`@pytest.mark.time_limit(seconds)` for another than 300 s), because
   a file system that does not answer would otherwise hang the whole run;
 * every test fails on Python log messages of WARNING and above (`@pytest.mark.expects_log`);
 * after the last test nothing may be left: no mount, no loop device, no process of ours. What is
@@ -38,7 +38,7 @@ from house import (
 from vsnapfs.volume.ring import NO_ID, SharedMemory
 
 IN_CI = os.environ.get("CI") == "true"
-TIME_LIMIT = 120.0
+TIME_LIMIT = 300.0
 TOKEN_NAME = "VSNAPFS_TEST_RUN"
 # A run inside a run (tests/t0_formats/test_house_rules.py) adds to the outer one's token.
 TOKEN = f"{os.environ.get(TOKEN_NAME, '')}{os.getpid()}-{time.monotonic_ns()}/"
