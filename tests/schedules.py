@@ -24,6 +24,25 @@ from simdisk import SimBacking
 SECONDS = 20
 
 
+class _Standing:
+    """How many threads stand in a `Pause`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+_standing = _Standing()
+
+
 class Pause:
     """Stops before the nth `operation` on file `name` from now on, in its worker thread.
 
@@ -73,7 +92,8 @@ class Pause:
             return
         assert threading.current_thread() is not threading.main_thread(), "the loop would stop"
         self._reached.set()
-        assert self._go.wait(SECONDS), "never told to go on"
+        with _standing:
+            assert self._go.wait(SECONDS), "never told to go on"
         if self._error is not None:
             raise self._error
 
@@ -127,11 +147,16 @@ class Doing:
 async def all_stand_still() -> None:
     """Return when everything waits for something: what could have happened by now, has.
 
-    Work in threads counts as waiting, so give what is not held up the time to get through.
+    Whoever waits for a thread counts as waiting, so wait for all threads that no `Pause` holds; but
+    not for ever, since one may wait for another that is held.
     """
+    threads, end = trio.to_thread.current_default_thread_limiter(), trio.current_time() + 1
     for _ in range(5):
-        await trio.sleep(0.02)
-        await trio.testing.wait_all_tasks_blocked(0.02)
+        await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        # ASYNC110: what happens in threads sets no event of ours.
+        while threads.borrowed_tokens > _standing.count and trio.current_time() < end:  # noqa: ASYNC110
+            await trio.sleep(0.001)
 
 
 def edited(engine: pytest.MonkeyPatch, owner: type, name: str, old: str, new: str) -> None:

@@ -469,7 +469,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         Writer,
         "_record",
         "area.index.add(block, epoch, slot)",
-        "__import__('threading').Timer(0.2, area.index.add, (block, epoch, slot)).start()",
+        "__import__('threading').Timer(2, area.index.add, (block, epoch, slot)).start()",
     ),
     "R1, a failed check is final at once": (
         a_copy_is_read_whose_slot_a_shrink_moves,

@@ -106,8 +106,11 @@ def test_growth_that_takes_too_long_is_fault_9() -> None:
         scene.rig.threads = True
 
         def slow(_backing: SimBacking, operation: str, _offset: int, _length: int) -> None:
-            if operation == "allocate":
-                time.sleep(0.4)
+            end = time.monotonic() + 20
+            while operation == "allocate" and time.monotonic() < end:
+                if any(event_id == 88 for _, event_id, _ in scene.rig.log.events):
+                    break  # The write has been refused.
+                time.sleep(0.01)
 
         scene.run(scene.fill, 6)
         scene.rig.host.hooks.append(slow)

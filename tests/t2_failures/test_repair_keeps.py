@@ -136,7 +136,7 @@ def test_a_write_need_not_wait_for_a_repair_to_grow_the_area(policy: str) -> Non
     """The area grows while a repair checks it: no fault 9, and under `evict` no point is lost."""
     with small_steps():
         size = 90 * BLOCK
-        rig = Rig(size=size, maximum=SMALLEST + 200 * BLOCK, grow_timeout=0.1, on_full=policy)
+        rig = Rig(size=size, maximum=SMALLEST + 200 * BLOCK, grow_timeout=5.0, on_full=policy)
 
         async def act(volume: Volume) -> None:
             await volume.create_point("x")

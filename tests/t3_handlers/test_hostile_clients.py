@@ -124,7 +124,12 @@ JUNK = st.recursive(
 PARAMS = sorted({name for operation in OPERATIONS.values() for name in operation.params})
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ]
+)
 @given(
     op=st.sampled_from(sorted(OPERATIONS)),
     params=st.dictionaries(st.sampled_from(PARAMS) | st.text(max_size=9), JUNK, max_size=3),

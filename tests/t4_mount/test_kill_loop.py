@@ -62,7 +62,7 @@ def loop(work: Path, damage: str, *options: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=280,
     )
 
 

@@ -68,7 +68,6 @@ def _removed(room: Path) -> bool:
 
 
 @pytest.mark.needs_fio
-@pytest.mark.time_limit(200)
 def test_buffered_writes_larger_than_memory_over_ext4_on_the_loop_device(
     machine: Machine, small_room: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -335,7 +335,6 @@ def test_a_killed_server_s_mount_can_be_unmounted(box: Box, tmp_path: Path) -> N
     assert [m.mountpoint for m in mounts.find_mounts() if m.volume == box.volume] == [other]
 
 
-@pytest.mark.time_limit(300)
 def test_kill_and_remount_ten_times(box: Box) -> None:
     """SIGKILL in the middle of writing, ten times: every acknowledged write and point is there."""
     rng = random.Random(11)

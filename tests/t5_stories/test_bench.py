@@ -262,7 +262,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.needs_fuse
 @pytest.mark.needs_fio
 @pytest.mark.slow
-@pytest.mark.time_limit(300)
 @pytest.mark.parametrize("name", list(BY_NAME))
 def test_every_kind_of_cell_can_be_measured(name: str, work: Path) -> None:
     """Each state of a volume on each system: a rate, latencies in order, the server's cost."""
