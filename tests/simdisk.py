@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from vsnapfs.backing import Bytes, Identity, Removed
+from vsnapfs.backing import Buffer, Bytes, Identity, Removed
 from vsnapfs.errors import BusyError
 from vsnapfs.volume.ring import Ring
 
@@ -401,6 +401,7 @@ class SimBacking:
         self.file = file
         self.is_device = file.is_device
         self.is_concurrent = False
+        self.tells_cached = True
 
     def size(self) -> int:
         self.host.step(self, "size")
@@ -413,10 +414,20 @@ class SimBacking:
         return self.file.cache.read(offset, length)
 
     def read_cached(self, offset: int, length: int) -> Bytes | None:
-        return self.read(offset, length) if self.host.cached else None
+        buffer = bytearray(length)
+        return buffer if self.read_into_cached(offset, buffer) else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.read(offset, len(buffer))
+
+    def read_into_cached(self, offset: int, buffer: Buffer) -> bool:
+        if not self.host.cached:
+            return False
+        try:
+            buffer[:] = self.read(offset, len(buffer))
+        except OSError:
+            return False
+        return True
 
     def prefetch(self, offset: int, length: int) -> None:
         return

@@ -32,7 +32,14 @@ _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
 _CANNOT_TELL = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
+#: Of two short reads lately that were not in the host's cache, both in the same so many bytes, the
+#: second has all of them fetched. Lately: among the last so many. With more, reads at random places
+#: of a large file would fetch what nobody wants.
+_WINDOW = 64 << 10
+_MISSES = 1024
+
 Bytes = bytes | bytearray | memoryview
+Buffer = bytearray | memoryview
 
 
 class Identity(NamedTuple):
@@ -55,6 +62,8 @@ class Backing(Protocol):
     is_device: bool
     #: Whether several threads may read at a time.
     is_concurrent: bool
+    #: Whether the host tells what it has in its cache. If not, nothing is ever read at once.
+    tells_cached: bool
 
     def size(self) -> int:
         """Bytes it holds now."""
@@ -65,11 +74,19 @@ class Backing(Protocol):
         ...
 
     def read_cached(self, offset: int, length: int) -> Bytes | None:
-        """Like `read`, but None if it would have to wait for the disk."""
+        """Like `read`, but None if it would have to wait for the disk. See `read_into_cached`."""
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`, or OSError."""
+        ...
+
+    def read_into_cached(self, offset: int, buffer: Buffer) -> bool:
+        """Like `read_into`, but False if it would have to wait for the disk, or fails.
+
+        `buffer` may hold anything then. The disk begins to read what is missing, if the host can
+        be asked for that; `read_into` waits for it and tells why it failed.
+        """
         ...
 
     def prefetch(self, offset: int, length: int) -> None:
@@ -237,7 +254,9 @@ class FileBacking:
         self.is_concurrent = True
         self._fd = fd
         self._follow = follow
-        self._nowait = os.RWF_NOWAIT if hasattr(os, "RWF_NOWAIT") else 0
+        self.tells_cached = hasattr(os, "RWF_NOWAIT")
+        #: The windows of the last short reads that were not in the host's cache.
+        self._misses = [-1] * _MISSES
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -278,19 +297,23 @@ class FileBacking:
 
     def read_cached(self, offset: int, length: int) -> Bytes | None:
         """See `Backing.read_cached`."""
-        if not self._nowait:
-            return None
         buffer = bytearray(length)
+        return buffer if self.read_into_cached(offset, buffer) else None
+
+    def read_into_cached(self, offset: int, buffer: Buffer) -> bool:
+        """See `Backing.read_into_cached`. Linux begins to read what it has not got."""
+        if not self.tells_cached:
+            return False
         try:
-            count = os.preadv(self._fd, [buffer], offset, self._nowait)
+            return os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
         except BlockingIOError:
-            return None
+            if len(buffer) < _WINDOW:
+                self._missed(offset // _WINDOW)
+            return False
         except OSError as error:
-            if error.errno not in _CANNOT_TELL:
-                raise
-            self._nowait = 0
-            return None
-        return buffer if count == length else None
+            if error.errno in _CANNOT_TELL:
+                self.tells_cached = False
+            return False
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Backing.read_into`."""
@@ -300,6 +323,13 @@ class FileBacking:
                 raise OSError(errno.EIO, f"{self.path} ends before byte {offset}")
             buffer = buffer[count:]
             offset += count
+
+    def _missed(self, window: int) -> None:
+        """A short read was not in the cache; of the second one in a window all of it is wanted."""
+        place = window % len(self._misses)
+        if self._misses[place] == window:
+            self.prefetch(window * _WINDOW, _WINDOW)
+        self._misses[place] = window
 
     def prefetch(self, offset: int, length: int) -> None:
         """See `Backing.prefetch`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
 import pytest
 import trio
@@ -29,6 +30,7 @@ from simdisk import SimBacking
 
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.volume import Volume
+from vsnapfs.volume.coldreads import PLACES
 from vsnapfs.volume.core import Core, WriteGate
 from vsnapfs.volume.handles import PointHandle, ReplicaHandle
 from vsnapfs.volume.points import Points
@@ -90,6 +92,28 @@ async def a_short_read_falls_through_while_the_block_is_overwritten(
             reading.go()
             found = bytes(await reader.ended())
         point.close()
+    assert found == OLD[BLOCK + 5 : BLOCK + 105], "a byte that was written after the point"
+
+
+async def a_read_waits_for_others_while_its_block_is_overwritten(rig: Rig, volume: Volume) -> None:
+    """R2: a short read that is answered when others come back from the disk looks again."""
+    await volume.create_point()
+    point = volume.open_point(1)
+    async with trio.open_nursery() as nursery:
+        with ExitStack() as stack:
+            for block in range(5, 5 + PLACES):
+                place = block * BLOCK, block * BLOCK + BLOCK
+                reading = stack.enter_context(Pause(rig, "replica", "read", at=place))
+                Doing(nursery, point.read(block * BLOCK, 100))
+                await reading.reached()
+            reader = Doing(nursery, point.read(BLOCK + 5, 100))
+            await all_stand_still()
+            await write(volume, BLOCK, NEW[BLOCK : 2 * BLOCK])
+            assert not reader.answered
+            rig.host.cached = True  # All that was asked for has arrived.
+            reading.go()
+            found = bytes(await reader.ended())
+    point.close()
     assert found == OLD[BLOCK + 5 : BLOCK + 105], "a byte that was written after the point"
 
 
@@ -433,6 +457,7 @@ async def two_flushes_and_one_of_them_fails(rig: Rig, volume: Volume) -> None:
 SCHEDULES: tuple[Schedule, ...] = (
     a_reader_falls_through_while_the_block_is_overwritten,
     a_short_read_falls_through_while_the_block_is_overwritten,
+    a_read_waits_for_others_while_its_block_is_overwritten,
     a_block_is_overwritten_whose_copy_can_be_found,
     a_copy_is_read_whose_slot_a_shrink_moves,
     a_second_writer_comes_while_the_copy_is_on_its_way,
@@ -463,6 +488,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "_one",
         "if area.index.lookup(point, block) is None:",
         "if True:",
+    ),
+    "R2, no look at the index when the others come back": (
+        a_read_waits_for_others_while_its_block_is_overwritten,
+        Reader,
+        "read_point",
+        "partial(self._at_once, point, first, offset, length)",
+        "partial(core.replica.read_cached, offset, length)",
     ),
     "R2, overwritten before the copy can be found": (
         a_block_is_overwritten_whose_copy_can_be_found,

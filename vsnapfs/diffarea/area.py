@@ -4,8 +4,8 @@ Owns what lies on top of `store`, which makes things durable: which slots there 
 are in use (C1), reading copies back with their checksums verified (R1), moving copies down before
 a shrink. Leaves to others: which blocks to preserve and when (`volume`), finding the state after
 a stop (`recovery`), checking everything (`verify`). Plain synchronous Python, called from worker
-threads by one caller at a time; only `read_copies` and `prepare_growth` may run beside another
-call.
+threads by one caller at a time; only `read_copies`, `read_into` and `prepare_growth` may run beside
+another call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..units import format_size
 from .descriptors import (
     Descriptor,
     SectorImage,
-    descriptor_in,
     sector_is_valid,
 )
 from .index import SLOT_MASK, ZEROS, Index
@@ -38,6 +37,11 @@ from .slots import SlotMap
 from .store import AreaStore
 from .superblock import Superblock, unfinished
 
+Copy = tuple[int, int, int]
+"""Block, epoch and slot of a preserved block, the slot as the index has it."""
+
+#: Descriptor sectors kept for reading, 600 bytes each: they describe 1.2 GiB of 16 KiB blocks.
+_KNOWN_SECTORS = 4096
 _KNOWN_SPANS = 1 << 16
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
 
@@ -59,6 +63,9 @@ class DiffArea(AreaStore):
         #: Where blocks of zeros of the current epoch are described: span (block // 64) → (slot,
         #: descriptor). Only some of them are known: what is not gets a slot of its own.
         self.zero_spans: dict[int, tuple[int, Descriptor]] = {}
+        self._known: dict[int, SectorImage] = {}
+        self._zeros = memoryview(bytes(superblock.block_size))
+        self._buffer = memoryview(bytearray(superblock.block_size))
 
     @classmethod
     def format(
@@ -174,102 +181,128 @@ class DiffArea(AreaStore):
         """
         return epoch == point or not (self.damaged_sectors or self.is_old)
 
-    def read_copies(self, wanted: Sequence[tuple[int, int, int]]) -> list[Bytes | None]:
+    def read_copies(self, wanted: Sequence[Copy]) -> list[Bytes | None]:
         """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1).
 
-        slot: as the index has it, so perhaps with the bit `ZEROS`.
+        Nothing that was read earlier counts: their descriptors are read from the disk, too.
         """
-        size, layout = self.layout.block_size, self.layout
-        results: list[Bytes | None] = []
-        sectors: dict[int, SectorImage | None] = {}
-        twins: dict[int, SectorImage | None] = {}
-        start = 0
-        while start < len(wanted):
-            if wanted[start][2] & ZEROS:
-                results.append(self._zeros(*wanted[start], sectors, twins))
-                start += 1
-                continue
-            offset, end = layout.slot_offset(wanted[start][2]), start + 1
-            while end < len(wanted) and layout.slot_offset(wanted[end][2]) == offset + size * (
-                end - start
-            ):
-                end += 1
-            parts = self._read_blocks(offset, end - start)
-            for (block, epoch, slot), data in zip(wanted[start:end], parts, strict=True):
-                good = False
-                if data is not None:
-                    found = Descriptor(xxhash.xxh3_64_intdigest(data), block, epoch)
-                    # The first copy of the sector nearly always serves; the twin lies far away.
-                    good = self._describes(slot, found, sectors, 0)
-                    good = good or self._describes(slot, found, twins, 1)
-                results.append(data if good else None)
-            start = end
-        return results
+        size, count = self.layout.block_size, len(wanted)
+        whole = memoryview(bytearray(count * size))
+        good = self.read_into(wanted, whole, range(count), {})
+        return [whole[i * size : (i + 1) * size] if good[i] else None for i in range(count)]
 
-    def read_copy_cached(self, block: int, epoch: int, slot: int) -> Bytes | None:
-        """One block, checked, if the host has it and its descriptor in its cache; else None."""
-        layout, backing = self.layout, self.backing
-        data: Bytes | None = None
-        if not slot & ZEROS:
-            data = backing.read_cached(layout.slot_offset(slot), layout.block_size)
-            if data is None:
-                return None
-        sector, place = divmod(slot & SLOT_MASK, SLOTS_PER_SECTOR)
-        raw = backing.read_cached(layout.sector_offsets(sector)[0], SECTOR_SIZE)
-        if raw is None or not sector_is_valid(memoryview(raw), self.area_id, sector):
-            return None
-        known = descriptor_in(raw, place)
-        if data is None:
-            zeros = known is not None and known.tells_zeros(block, epoch)
-            return bytes(layout.block_size) if zeros else None
-        found = Descriptor(xxhash.xxh3_64_intdigest(data), block, epoch)
-        return memoryview(data) if known == found else None
-
-    def _zeros(
+    def read_into(
         self,
-        block: int,
-        epoch: int,
-        slot: int,
-        sectors: dict[int, SectorImage | None],
-        twins: dict[int, SectorImage | None],
-    ) -> Bytes | None:
-        """A block of zeros, if a descriptor says so."""
-        for copy, memo in enumerate((sectors, twins)):
-            found = self._described(slot & SLOT_MASK, memo, copy)
-            if found is not None and found.tells_zeros(block, epoch):
-                return bytes(self.layout.block_size)
-        return None
+        wanted: Sequence[Copy],
+        whole: memoryview,
+        places: Sequence[int],
+        known: dict[int, SectorImage] | None = None,
+    ) -> list[bool]:
+        """Read (block, epoch, slot) each to its place in `whole`, counted in blocks.
 
-    def _read_blocks(self, offset: int, count: int) -> list[Bytes | None]:
+        False where the check fails (R1); what lies there then is not to be used. known: descriptor
+        sectors that need not be read again, if not those that earlier reads found to be valid.
+        """
+        known = self._known_sectors() if known is None else known
+        size, backing, layout = self.layout.block_size, self.backing, self.layout
+        runs: list[list[int]] = []  # first, end: neighbours on the disk and in `whole`
+        offsets = [layout.slot_offset(slot) for _, _, slot in wanted]
+        for i, (offset, place) in enumerate(zip(offsets, places, strict=True)):
+            if wanted[i][2] & ZEROS:
+                whole[place * size : (place + 1) * size] = self._zeros
+                continue
+            follows = bool(runs) and runs[-1][1] == i and offset == offsets[i - 1] + size
+            if follows and place == places[i - 1] + 1:
+                runs[-1][1] = i + 1
+            else:
+                runs.append([i, i + 1])
+        views = [whole[places[i] * size : (places[end - 1] + 1) * size] for i, end in runs]
+        # The disk is asked for all of it before anything is waited for.
+        cold = [
+            (run, view)
+            for run, view in zip(runs, views, strict=True)
+            if not backing.read_into_cached(offsets[run[0]], view)
+        ]
+        for sector in {(slot & SLOT_MASK) // SLOTS_PER_SECTOR for _, _, slot in wanted}:
+            if sector not in known:
+                backing.read_cached(layout.sector_offsets(sector)[0], SECTOR_SIZE)
+        good = [True] * len(wanted)
+        for (i, end), view in cold:
+            good[i:end] = self._read_run(offsets[i], view)
+        for i, (copy, place) in enumerate(zip(wanted, places, strict=True)):
+            if good[i]:
+                good[i] = self._is_copy(copy, whole[place * size : (place + 1) * size], known)
+        return good
+
+    def _read_run(self, offset: int, view: memoryview) -> list[bool]:
+        """Read neighbouring blocks into `view`; one that is bad does not take the others along."""
         size = self.layout.block_size
+        count = len(view) // size
         try:
-            whole = memoryview(self.backing.read(offset, count * size))
-            return [whole[i * size : (i + 1) * size] for i in range(count)]
+            self.backing.read_into(offset, view)
         except OSError:
             if count == 1:
-                return [None]
-        # One bad block must not take its neighbours along.
-        return [part for i in range(count) for part in self._read_blocks(offset + i * size, 1)]
+                return [False]
+            parts = range(0, len(view), size)
+            return [self._read_run(offset + at, view[at : at + size])[0] for at in parts]
+        return [True] * count
 
-    def _describes(
-        self,
-        slot: int,
-        wanted: Descriptor,
-        memo: dict[int, SectorImage | None],
-        copy: int,
-    ) -> bool:
-        """Whether this copy of the slot's descriptor is the one `wanted`."""
-        return self._described(slot, memo, copy) == wanted
+    def _is_copy(self, copy: Copy, data: memoryview, known: dict[int, SectorImage]) -> bool:
+        """Whether `data` is what a valid descriptor says of this copy. Its sector is `known` then.
 
-    def _described(
-        self, slot: int, memo: dict[int, SectorImage | None], copy: int
-    ) -> Descriptor | None:
-        """What this copy of the slot's sector says of it."""
-        sector, place = divmod(slot, SLOTS_PER_SECTOR)
-        if sector not in memo:
-            memo[sector] = self._sector_copy(sector, copy)
-        image = memo[sector]
-        return None if image is None else image.get(place)
+        An old sector in memory can refuse what is right, and then the disk is asked. It accepts
+        nothing wrong: there is never a second content of one block in one epoch.
+        """
+        block, epoch, slot = copy
+        sector, place = divmod(slot & SLOT_MASK, SLOTS_PER_SECTOR)
+        # Of zeros the descriptor says all there is.
+        wanted = None if slot & ZEROS else Descriptor(xxhash.xxh3_64_intdigest(data), block, epoch)
+
+        def fits(image: SectorImage | None) -> bool:
+            found = None if image is None else image.get(place)
+            if found is None or wanted is not None:
+                return found is not None and found == wanted
+            return found.tells_zeros(block, epoch)
+
+        if fits(known.get(sector)):
+            return True
+        # The first copy of the sector nearly always serves; the twin lies far away.
+        for twin in (0, 1):
+            image = self._sector_copy(sector, twin)
+            if image is not None and fits(image):
+                known[sector] = image
+                return True
+        return False
+
+    def _known_sectors(self) -> dict[int, SectorImage]:
+        """Valid sectors that earlier reads have met. Several threads may add to it."""
+        if len(self._known) > _KNOWN_SECTORS:
+            self._known = {}
+        return self._known
+
+    def read_copy_cached(self, block: int, epoch: int, slot: int) -> memoryview | None:
+        """One block, checked, if the host has it in its cache and we know its descriptor, or the
+        host has that, too. Else None, and both are on their way from the disk.
+
+        In the trio thread only. The next call overwrites what it returns.
+        """
+        backing, layout, buffer = self.backing, self.layout, self._buffer
+        sector, place = divmod(slot & SLOT_MASK, SLOTS_PER_SECTOR)
+        known = self._known.get(sector)
+        if known is None:
+            raw = backing.read_cached(layout.sector_offsets(sector)[0], SECTOR_SIZE)
+            if raw is not None and sector_is_valid(memoryview(raw), self.area_id, sector):
+                known = self._known_sectors()[sector] = SectorImage(bytearray(raw))
+        if slot & ZEROS:
+            found = known.get(place) if known is not None else None
+            if found is not None and found.tells_zeros(block, epoch):
+                return self._zeros
+        elif not backing.read_into_cached(layout.slot_offset(slot), buffer) or known is None:
+            return None
+        elif known.get(place) == Descriptor(xxhash.xxh3_64_intdigest(buffer), block, epoch):
+            return buffer
+        self._known.pop(sector, None)
+        return None
 
     def place_of(self, slot: int) -> int:
         """The offset of what `slot` (as the index has it) holds: its data, or its descriptor."""
@@ -373,12 +406,12 @@ class DiffArea(AreaStore):
             if descriptor.zeros:
                 changes[new & SLOT_MASK] = descriptor
                 continue
-            data = self._read_blocks(self.layout.slot_offset(old), 1)[0]
-            if data is None:
+            data = memoryview(bytearray(size))
+            if not self._read_run(self.layout.slot_offset(old), data)[0]:
                 raise FaultError(
                     FaultCode.COW_WRITE_FAILURE, f"slot {old} cannot be read", block=block
                 )
-            self.write_copies([new], memoryview(data)[:size])
+            self.write_copies([new], data)
             changes[new] = Descriptor(descriptor.hash, block, epoch)
         self.barrier(changes)
 

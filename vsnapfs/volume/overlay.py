@@ -10,7 +10,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from ..backing import Backing, Bytes, Identity
+from ..backing import Backing, Buffer, Bytes, Identity
 
 _PAGE = 4096
 
@@ -22,6 +22,7 @@ class Overlay:
         self.path = path
         self.is_device = below is not None and below.is_device
         self.is_concurrent = False
+        self.tells_cached = below is not None and below.tells_cached
         self._below = below
         self._size = below.size() if below is not None else 0
         #: Where the bytes of `below` end: not beyond what has been cut off since.
@@ -62,6 +63,12 @@ class Overlay:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Backing.read_into`."""
         buffer[:] = self.read(offset, len(buffer))
+
+    def read_into_cached(self, offset: int, buffer: Buffer) -> bool:
+        """See `Backing.read_into_cached`."""
+        if self._pages or self._below is None or offset + len(buffer) > self._below_end:
+            return False
+        return self._below.read_into_cached(offset, buffer)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Nothing to do."""

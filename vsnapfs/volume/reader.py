@@ -4,18 +4,32 @@ Owns the read rule: point k at block b is the copy in the first epoch ≥ k that
 replica. Promises R1 (a copy is returned only if its checksum fits; else EIO and an event) and R2:
 a reader that falls through to the replica looks at the index again *after* reading. A copy is in
 the index before its block is overwritten, so if there still is none, what was read is old enough.
+A read in the trio thread, without an await since the look, needs no second one.
+
+Short reads are tried at once; those that have to wait for the disk do so in `coldreads`. Long ones
+go to a worker thread, which asks the disk for all of it before it waits, and fills one buffer.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from functools import partial
+
+import numpy as np
 
 from ..backing import Bytes
 from .buffer import WriteBuffer, lay_over
+from .coldreads import ColdReads
+from .copying import runs_of
 from .core import Core, in_thread
 
 Copy = tuple[int, int]
+
+#: Blocks that are looked up and read in one go.
+_AT_ONCE = 256
+#: Bytes up to which reads share their way to the disk. Longer ones are few, and better tried once.
+_SHORT = 64 << 10
 
 
 class Reader:
@@ -24,34 +38,53 @@ class Reader:
     def __init__(self, core: Core, buffer: WriteBuffer) -> None:
         self._core = core
         self._buffer = buffer
+        self._cold = ColdReads()
         self._reported: set[tuple[int, int]] = set()
 
     async def read_replica(self, offset: int, length: int) -> Bytes:
         """`length` bytes inside the replica. OSError EIO."""
-        replica = self._core.replica
+        data = self._replica_at_once(offset, length)
+        if data is not None:
+            return data
+        from_disk = partial(self._replica_from_disk, offset, length)
+        if length > _SHORT or not self._core.replica.tells_cached:
+            return await from_disk()
+        return await self._cold.read(partial(self._replica_at_once, offset, length), from_disk)
+
+    def _replica_at_once(self, offset: int, length: int) -> Bytes | None:
         # Taken before the replica is read: what is carried out meanwhile may be missed there.
         acknowledged = self._buffer.capture(offset, length) if self._buffer.pending else None
-        data = replica.read_cached(offset, length)
-        if data is None:
-            data = await in_thread(replica.read, offset, length)
+        data = self._core.replica.read_cached(offset, length)
+        return lay_over(data, acknowledged) if acknowledged and data is not None else data
+
+    async def _replica_from_disk(self, offset: int, length: int) -> Bytes:
+        acknowledged = self._buffer.capture(offset, length) if self._buffer.pending else None
+        data = await in_thread(self._core.replica.read, offset, length)
         return lay_over(data, acknowledged) if acknowledged else data
 
     async def read_point(self, point: int, offset: int, length: int) -> Bytes:
         """`length` bytes of a live point, inside the replica's size. OSError EIO."""
-        core = self._core
-        size = core.block_size
+        size = self._core.block_size
         first, last = offset // size, (offset + length - 1) // size
         if first == last:
             data = self._at_once(point, first, offset, length)
-            return data if data is not None else await self._one(point, first, offset, length)
-        blocks = [
-            part
-            for start in range(first, last + 1, 256)
-            for part in await self._blocks(point, start, min(256, last + 1 - start))
-        ]
-        joined = b"".join(blocks)
+            if data is not None:
+                return data
+            from_disk = partial(self._one, point, first, offset, length)
+            core = self._core
+            told = core.replica.tells_cached and core.need_area().backing.tells_cached
+            if size > _SHORT or not told:
+                return await from_disk()
+            at_once = partial(self._at_once, point, first, offset, length)
+            return await self._cold.read(at_once, from_disk)
+        # Nothing of it is shown that has not been filled. (A bytearray would be, twice.)
+        whole = np.empty((last + 1 - first) * size, np.uint8).data
+        for start in range(first, last + 1, _AT_ONCE):
+            end = min(start + _AT_ONCE, last + 1)
+            part = whole[(start - first) * size : (end - first) * size]
+            await self._blocks(point, start, end - start, part)
         begin = offset - first * size
-        return joined[begin : begin + length]
+        return whole[begin : begin + length]
 
     def _at_once(self, point: int, block: int, offset: int, length: int) -> Bytes | None:
         """Part of one block if all that it takes is in the host's cache, else None.
@@ -68,7 +101,7 @@ class Reader:
             return core.replica.read_cached(offset, length)
         data = area.read_copy_cached(block, *copy)
         start = offset - block * core.block_size
-        return None if data is None else data[start : start + length]
+        return None if data is None else bytes(data[start : start + length])
 
     async def _one(self, point: int, block: int, offset: int, length: int) -> Bytes:
         """Part of one block, from the disk. OSError EIO."""
@@ -92,11 +125,10 @@ class Reader:
                 return part[start : start + length]
             failed = copy
 
-    async def _blocks(self, point: int, first: int, count: int) -> list[Bytes]:
-        """`count` whole blocks of a point (the replica's last one may be short)."""
+    async def _blocks(self, point: int, first: int, count: int, whole: memoryview) -> None:
+        """Fill `whole` with `count` blocks of a point (the replica's last one may be short)."""
         core = self._core
         area = core.need_area()
-        result: list[Bytes | None] = [None] * count
         todo = list(range(count))
         failed: dict[int, Copy] = {}
         while todo:
@@ -109,50 +141,41 @@ class Reader:
                 # a slot that a shrink has just moved away from.
                 if copy is not None and failed.get(where) == copy:
                     raise self._damaged(point, first + where, "its copy fails the checksum")
-            data = await in_thread(self._fetch, first, todo, found)
+            bad = await in_thread(self._fetch, first, todo, found, whole)
             again = []
-            for where, part in zip(todo, data, strict=True):
+            for where in todo:
                 copy = found[where]
-                if part is None:
+                if where in bad:
                     assert copy is not None
                     failed[where] = copy
                     again.append(where)
                 elif copy is None and area.index.lookup(point, first + where) is not None:
                     again.append(where)  # Overwritten while we read: now there is a copy.
-                else:
-                    result[where] = part
             todo = again
-        return [part for part in result if part is not None]
 
-    def _fetch(self, first: int, todo: list[int], found: list[Copy | None]) -> list[Bytes | None]:
-        """In a worker thread: the copies, and runs of the replica where there is none."""
-        core = self._core
-        area = core.need_area()
-        parts: dict[int, Bytes | None] = {}
-        copies = [(where, copy) for where in todo if (copy := found[where]) is not None]
-        wanted = [(first + where, epoch, slot) for where, (epoch, slot) in copies]
-        for (where, _), data in zip(copies, area.read_copies(wanted), strict=True):
-            parts[where] = data
-        through = [where for where in todo if found[where] is None]
-        start = 0
-        while start < len(through):
-            end = start + 1
-            while end < len(through) and through[end] == through[end - 1] + 1:
-                end += 1
-            self._fetch_run(first, through[start], end - start, parts)
-            start = end
-        return [parts[where] for where in todo]
+    def _fetch(
+        self, first: int, todo: list[int], found: list[Copy | None], whole: memoryview
+    ) -> set[int]:
+        """In a worker thread: the copies, and runs of the replica where there is none.
 
-    def _fetch_run(
-        self, first: int, where: int, count: int, parts: dict[int, Bytes | None]
-    ) -> None:
+        Returns which of `todo` have a copy that fails its check.
+        """
         core = self._core
-        size = core.block_size
-        offset = (first + where) * size
-        length = min(count * size, core.size - offset)
-        data = memoryview(core.replica.read(offset, length))
-        for index in range(count):
-            parts[where + index] = data[index * size : (index + 1) * size]
+        replica, size = core.replica, core.block_size
+        through = []
+        for start, end in runs_of(where for where in todo if found[where] is None):
+            offset = (first + start) * size
+            length = min((end + 1 - start) * size, core.size - offset)
+            view = whole[start * size : start * size + length]
+            # All that is not in the host's cache is asked for before anything is waited for.
+            if not replica.read_into_cached(offset, view):
+                through.append((offset, view))
+        places = [where for where in todo if found[where] is not None]
+        wanted = [(first + where, *copy) for where in places if (copy := found[where]) is not None]
+        good = core.need_area().read_into(wanted, whole, places)
+        for offset, view in through:
+            replica.read_into(offset, view)
+        return {where for where, fine in zip(places, good, strict=True) if not fine}
 
     def _damaged(self, point: int, block: int, reason: str) -> OSError:
         """EIO, and the event once a block and point (a reader may ask many times)."""
