@@ -77,6 +77,9 @@ def small_steps() -> Iterator[None]:
     with (
         mock.patch("vsnapfs.diffarea.area._MIN_STEP", 16 * BLOCK),
         mock.patch("vsnapfs.diffarea.index._FOLD_AT", 5),
+        mock.patch("vsnapfs.diffarea.descriptors.ZERO_SPAN", 4),
+        mock.patch("vsnapfs.volume.copying.ZERO_SPAN", 4),
+        mock.patch("vsnapfs.volume.invariants.ZERO_SPAN", 4),
         mock.patch("vsnapfs.volume.room._LOW_WATER", 4),
         mock.patch("vsnapfs.volume.resize._AT_ONCE", 3),
         mock.patch("vsnapfs.volume.restore._AT_ONCE", 3),
