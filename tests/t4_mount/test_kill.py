@@ -21,7 +21,7 @@ from vsnapfs.diffarea.layout import SUPERBLOCK_SIZE
 from vsnapfs.diffarea.superblock import decode
 from vsnapfs.errors import VsnapError
 
-pytestmark = pytest.mark.needs_fuse
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
 # Another one each run, printed: what it finds can be repeated with VSNAPFS_KILL_SEED.
 SEED = int(os.environ.get("VSNAPFS_KILL_SEED", random.randrange(10**6)))
@@ -45,7 +45,6 @@ def forget_oldest(rig: Rig, checksums: dict[int, str], keep: int) -> None:
 # ---- under load ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.needs_fio
 def test_ten_kills_under_fio_and_a_stamping_writer(
     machine: Machine, rng: random.Random, record_property: Callable[[str, object], None]
