@@ -95,6 +95,11 @@ class WriteBuffer:
         """Whether writes can be acknowledged by it (perhaps after `start`)."""
         return not self.reason and self._running
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is somebody to carry out what it holds."""
+        return self._running
+
     async def start(self) -> None:
         """Make a ring, and let the superblock name it before anything relies on it.
 

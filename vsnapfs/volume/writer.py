@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -235,6 +236,8 @@ class Writer:
         if self._on_the_way:
             await next(iter(self._on_the_way.values())).done.wait()
         elif self._buffer.slots and self._buffer.stuck is None:
+            if not self._buffer.is_running:  # The volume is being closed; nothing comes back.
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
             await self._buffer.room()
         else:
             return False
