@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 #: The longest request there is through FUSE. What is longer would not fit into a small ring twice
 #: and is preserved and written directly.
 LONGEST = 1 << 20
-_BATCH = 16 << 20
+#: How much is carried out in one go. A full ring stands still that long; less costs more barriers.
+_BATCH = 8 << 20
 
 
 class WriteBuffer:
