@@ -366,7 +366,8 @@ def test_kills_while_a_point_is_restored(
         image = sha256(rig.replica)
         answer = interrupted.run("rp_restore", point=number)
         ids = [event for event in rig.event_ids()[before:] if event in (64, 65, 66)]
-        assert ids in ([], [64, 66], [64, 65, 66], [65, 66]), ids
+        # Killed between 66 and the end of the mark that asks for it, it is said to be done twice.
+        assert ids in ([], [64, 66], [64, 65, 66], [65, 66], [64, 66, 65, 66]), ids
         continued += 65 in ids
         restored = sha256(rig.replica)
         if ids or answer is not None:
@@ -380,7 +381,7 @@ def test_kills_while_a_point_is_restored(
     # be done before; then again, with a point that differs.
     ids: list[int] = []
     for number in (1, 2, 3) * 10:
-        if 65 in ids or sha256(rig.replica) == checksums[number]:
+        if ids == [64, 65, 66] or sha256(rig.replica) == checksums[number]:
             continue
         ids = killed_once_begun(rig, number)
         assert sha256(rig.replica) == checksums[number]
