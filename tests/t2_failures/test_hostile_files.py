@@ -64,7 +64,7 @@ def test_mutations_end_in_an_error_or_a_right_answer(bases: list[Base], part: in
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "lost descriptors hide nothing": (area_module.DiffArea, "may_trust", lambda *_: True),
-    "copies are not checked": (area_module.DiffArea, "_describes", lambda *_: True),
+    "copies are not checked": (area_module.DiffArea, "_is_copy", lambda *_: True),
     "sectors are not checked": (
         recovery,
         "valid_sectors",
