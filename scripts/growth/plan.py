@@ -12,13 +12,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vsnapfs.config import load
 from vsnapfs.diffarea.layout import Layout
+from vsnapfs.errors import VsnapError
 from vsnapfs.volume.create import create_volume
+from vsnapfs.volume.ring import NO_ID, SharedMemory
 
 from .synthetic import forget_cache, make_volume, mark_unclean
 
@@ -160,14 +164,14 @@ class Measurement:
         """Creation, lookup and deletion against the number of recovery points."""
         volume = self._new_volume(GIB, self.sizes.points * 64 + 1000, _BLOCK)
         self._add("points", _probe("points", volume, self.sizes.points))
-        shutil.rmtree(volume)
+        _remove(volume)
 
     def writes(self) -> None:
         """The latency of first writes while the diff area grows, with 4 KiB blocks."""
         count = self.sizes.writes
         volume = self._new_volume(count * 4096, count + 1000, 4096)
         self._add("writes", _probe("writes", volume, count))
-        shutil.rmtree(volume)
+        _remove(volume)
 
     def fold(self, count: int) -> None:
         """The longest fold of the index."""
@@ -224,7 +228,14 @@ class _Volume:
         return self._path
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(self._path)
+
+
+def _remove(volume: Path) -> None:
+    """The directory, and the write buffer that a probe which never closed it has left in memory."""
+    with suppress(VsnapError, OSError):
+        SharedMemory().keep_only(NO_ID, bytes.fromhex(load(volume).volume_id))
+    shutil.rmtree(volume, ignore_errors=True)
 
 
 def _probe(kind: str, volume: Path, count: int) -> Figures:
