@@ -294,7 +294,8 @@ class Protection:
                 epoch=max(state.epoch, area.superblock.epoch),
                 generation=area.superblock.generation,
             )
-        self._core.state_file.save(state)
+        with self._core.admin.waits_for("a write to the state file"):
+            self._core.state_file.save(state)
         self.saved = state
 
     def would_fit(self) -> str | None:
