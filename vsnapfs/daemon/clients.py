@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import select
+import socket
+import struct
 
 import trio
 
@@ -87,6 +89,12 @@ def _longest_quiet(clients: list[Client]) -> Client | None:
         if client.quiet_since is not None and not client.has_said_something()
     )
     return clients[quiet[0][1]] if quiet else None
+
+
+def may_ask(connection: socket.socket | trio.socket.SocketType) -> bool:
+    """Whether whoever connected is root or our own user, by the kernel's word."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", raw)[1] in (0, os.geteuid())
 
 
 def too_many() -> VsnapError:

@@ -18,7 +18,8 @@ Promises: only root and the server's own user are answered; a request is at most
 client does or fails to do (silence, nonsense, half a line, not reading, going away) disturbs
 another client or the mount. An operation whose client goes before it has begun is never carried
 out; one that has begun runs to its end; one that only looks is ended. `status` and `stop` are
-always answered, whatever number of connections is held (see `clients`).
+always answered, whatever number of connections is held (see `clients`) and even while the host
+hangs so that this thread stands still (see `standby`).
 
 Leaves the operations to `operations`, the moment they begin to `jobs`, and what stopping means to
 `lifecycle`.
@@ -30,8 +31,7 @@ import json
 import logging
 import os
 import socket
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,11 @@ import trio
 
 from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME
-from vsnapfs.daemon.clients import ALWAYS, MAX_STOPS, Client, Clients, too_many
+from vsnapfs.daemon.clients import ALWAYS, MAX_STOPS, Client, Clients, may_ask, too_many
 from vsnapfs.daemon.jobs import Job, gone
 from vsnapfs.daemon.operations import Operation
 from vsnapfs.daemon.process import leading
+from vsnapfs.daemon.standby import Standby
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class ControlServer:
         self._clients = Clients(encode({"error": too_many().to_json()}))
         self._closing = False
         self._delivered = trio.Event()
+        #: What `status` says, for when the loop cannot be asked; reads memory only, in any thread.
+        self.status: Callable[[], dict[str, Any]] = volume.status
 
     # ---- the socket ----------------------------------------------------------------------------
 
@@ -146,16 +149,24 @@ class ControlServer:
         finally:
             os.close(folder)
 
+    def _status_now(self) -> dict[str, Any]:
+        return self.status()
+
     async def serve(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Accept and answer until cancelled. Start it with `nursery.start`."""
         assert self._socket is not None, "listen first"
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._socket))
+        standby = Standby(self._socket, self._status_now)
         self._socket = None
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            # Accepting survives a shortage of descriptors; trio sees to that.
-            await trio.serve_listeners(self._connection, [listener])
+        standby.start(trio.lowlevel.current_trio_token())
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                # Accepting survives a shortage of descriptors; trio sees to that.
+                await trio.serve_listeners(self._connection, [listener])
+        finally:
+            standby.stop()
 
     # ---- the end -------------------------------------------------------------------------------
 
@@ -215,10 +226,7 @@ class ControlServer:
 
     def _refusal(self, client: Client) -> VsnapError | None:
         """Why this client is not served, if so. One that may speak is counted in."""
-        socket_ = client.stream.socket
-        raw = socket_.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        uid = struct.unpack("3i", raw)[1]
-        if uid not in (0, os.geteuid()):
+        if not may_ask(client.stream.socket):
             return VsnapError("this volume belongs to another user", errno=13, code="not-allowed")
         return None if self._clients.admit(client) else too_many()
 

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vsnapfs.beginning import begin
 from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
-from vsnapfs.beginning import begin
 from vsnapfs.daemon.control import FINISH_SECONDS, ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
 from vsnapfs.daemon.preflight import Plan
@@ -158,6 +158,7 @@ class Server:
         """From the mount to its end."""
         handlers = VolumeOperations(volume, shared=self._plan.shared, lang=self._lang)
         self._handlers = handlers
+        control.status = handlers.status
         options = mount_options(self._plan.directory, self._plan.options)
         session = Session(handlers, self._plan.mountpoint, options)
         control.listen()
