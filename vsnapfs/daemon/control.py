@@ -381,7 +381,14 @@ class ControlServer:
                     answer["begun"] = job.begun
             job.answer = answer
             self._jobs.discard(job)
+            if job.begun and job.has_no_client and job.operation.name not in ALWAYS:
+                self._nobody_was_told(job)
             job.done.set()
+
+    def _nobody_was_told(self, job: Job) -> None:
+        reason = job.answer["error"]["message"] if "error" in job.answer else None
+        volume = str(self._directory)
+        self._volume.log.log("vsnapfs", 1048, volume=volume, what=job.operation.name, reason=reason)
 
     def _explain(self, name: str, exc: BaseException) -> VsnapError:
         exc = leading(exc)

@@ -59,6 +59,11 @@ class Job:
         self._socket = None
         self.drop()
 
+    @property
+    def has_no_client(self) -> bool:
+        """Whether it has been left alone."""
+        return self._socket is None
+
     def report(self, phase: str, done: int, total: int) -> None:
         """The progress callback, in any thread. Abandoned ends a long look before it begins."""
         if self.dropped:
