@@ -194,29 +194,28 @@ def test_a_queue_is_told_and_left_without_a_trace() -> None:
 
     async def queue(volume: Volume) -> None:
         core = volume.core
-        async with trio.open_nursery() as nursery:
-            async with core.admin.turn("holding everything up"):
-                given_up = trio.CancelScope()
+        async with trio.open_nursery() as nursery, core.admin.turn("holding everything up"):
+            given_up = trio.CancelScope()
 
-                async def first() -> None:
-                    with given_up:
-                        await volume.delete_point(1)
+            async def first() -> None:
+                with given_up:
+                    await volume.delete_point(1)
 
-                nursery.start_soon(first)
-                await trio.testing.wait_all_tasks_blocked()
-                nursery.start_soon(volume.delete_point, 2)
-                await trio.testing.wait_all_tasks_blocked()
-                told = volume.status()["operations"]
-                assert told["running"]["what"] == "holding everything up"
-                assert told["running"]["begun"] is False
-                names = [entry["what"] for entry in told["waiting"]]
-                assert names == ["deleting recovery point 1", "deleting recovery point 2"]
-                assert "holding everything up" in volume.waits_for()
-                assert volume.waits_for(host_only=True) == ""
-                given_up.cancel()
-                await trio.testing.wait_all_tasks_blocked()
-                told = volume.status()["operations"]
-                assert [entry["what"] for entry in told["waiting"]] == names[1:]
+            nursery.start_soon(first)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(volume.delete_point, 2)
+            await trio.testing.wait_all_tasks_blocked()
+            told = volume.status()["operations"]
+            assert told["running"]["what"] == "holding everything up"
+            assert told["running"]["begun"] is False
+            names = [entry["what"] for entry in told["waiting"]]
+            assert names == ["deleting recovery point 1", "deleting recovery point 2"]
+            assert "holding everything up" in volume.waits_for()
+            assert volume.waits_for(host_only=True) == ""
+            given_up.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            told = volume.status()["operations"]
+            assert [entry["what"] for entry in told["waiting"]] == names[1:]
         assert [point.number for point in volume.points] == [1]
         assert volume.status()["operations"] == {"running": None, "waiting": [], "waits_for": []}
 
