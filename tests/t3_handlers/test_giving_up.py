@@ -26,6 +26,7 @@ from test_client import Openings, played
 from test_control import Running, ask, error, lines, result, running, take_until_result, wait_for
 
 import vsnapfs.volume
+from vsnapfs.beginning import begin
 from vsnapfs.daemon import client, clients, control, standby
 from vsnapfs.errors import VsnapError
 
@@ -300,24 +301,35 @@ def test_whose_request_is_under_way_is_not_put_out(
         assert len(server.volume.points) == 3
 
 
-def test_a_request_that_is_there_already_is_not_put_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever has asked, though nobody has read it yet, is not idle."""
-    monkeypatch.setattr(clients, "MAX_CLIENTS", 2)
-    with running(tmp_path) as server, ExitStack() as stack:
-        asked = [stack.enter_context(server.connect()) for _ in range(2)]
-        assert wait_for(lambda: server.clients() == 2)
+def test_a_request_that_is_there_already_is_not_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has asked, though nobody has read it yet, is not idle; the longest idle one goes."""
+    monkeypatch.setattr(clients, "MAX_CLIENTS", 3)
 
-        async def three_at_once() -> None:
-            # No await in here: the server reads nothing until all is said.
-            for connection in asked:
-                connection.sendall(request("rp_list"))
-            stack.enter_context(server.connect())
+    async def main() -> None:
+        with ExitStack() as stack:
+            everybody = clients.Clients(b"farewell")
+            theirs, ours = [], []
+            for _ in range(5):
+                pair = socket.socketpair()
+                theirs.append(stack.enter_context(pair[0]))
+                theirs[-1].setblocking(False)
+                stack.enter_context(pair[1])
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(pair[1].dup()))
+                stack.callback(stream.socket.close)
+                ours.append(clients.Client(stream))
+            for client_ in ours[:3]:
+                assert everybody.admit(client_)
+            theirs[0].sendall(b"request")
+            assert everybody.admit(ours[3])
+            assert theirs[1].recv(100) == b"farewell"
+            assert [one.scope.cancel_called for one in ours] == [False, True, False, False, False]
+            assert not ours[3].is_guest
+            for other in theirs:
+                other.sendall(b"request")
+            assert everybody.admit(ours[4])
+            assert ours[4].is_guest
 
-        server.do(three_at_once)
-        for connection in asked:
-            assert "result" in list(take_until_result(lines(connection)))[-1]
+    trio.run(main)
 
 
 def test_only_so_many_wait_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,6 +578,23 @@ def test_ctrl_c_here_before_it_begins(tmp_path: Path, here: Openings) -> None:
     assert caught.value.exit_code == 130
     assert len(volume.points) == 1
     assert volume.ended[0] == "close"
+
+
+def test_ctrl_c_here_at_the_last_moment(tmp_path: Path, here: Openings) -> None:
+    """Without a server: Ctrl-C when nothing lies between it and the beginning any more."""
+
+    def hold(volume: FakeVolume) -> None:
+        async def turn() -> None:
+            interrupt()
+            begin()
+
+        prepare(volume)
+        volume._turn = turn  # type: ignore[method-assign]
+
+    here.prepare = hold
+    with pytest.raises(VsnapError, match="had not begun, nothing was done"):
+        client.call(tmp_path, "rp_delete", point=1)
+    assert len(here.volumes[0].points) == 1
 
 
 def test_ctrl_c_here_once_it_has_begun(tmp_path: Path, here: Openings) -> None:
