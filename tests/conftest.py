@@ -35,7 +35,7 @@ from house import (
     run,
 )
 
-from vsnapfs.volume.ring import NO_ID, SharedMemory
+from vsnapfs.volume.shm import DIRECTORIES
 
 IN_CI = os.environ.get("CI") == "true"
 TIME_LIMIT = 300.0
@@ -96,7 +96,9 @@ def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         text = config.read_bytes().decode(errors="replace")
         found = re.search(r'^volume-id = "([0-9a-f]{32})"$', text, re.MULTILINE)
         if found:
-            SharedMemory().keep_only(NO_ID, bytes.fromhex(found[1]))
+            for directory in DIRECTORIES:
+                for path in directory.glob(f"vsnapfs-{found[1]}-*"):
+                    path.unlink()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -85,7 +85,6 @@ def small_steps() -> Iterator[None]:
         mock.patch("vsnapfs.volume.restore._AT_ONCE", 3),
         mock.patch("vsnapfs.volume.copying._STAGING", 4 * BLOCK),
         mock.patch("vsnapfs.volume.writer.LONGEST", 2 * BLOCK),
-        mock.patch("vsnapfs.volume.buffer.LEAST", 64 * 1024),
         mock.patch("vsnapfs.volume.buffer._BATCH", 3 * BLOCK),
     ):
         yield

@@ -22,7 +22,7 @@ from ..diffarea.recovery import Report, open_area
 from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
 from .overlay import Overlay
-from .ring import RingStore, SharedMemory
+from .shm import RingStore, SharedMemory
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
