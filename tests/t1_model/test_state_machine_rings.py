@@ -137,7 +137,13 @@ class TwoOfEverythingMachine(BufferedMachine):
 
         # In the very volume: what a look at it writes down, it would have written down.
         state = host.files["state"]
-        before = replace(state, cache=state.cache.copy(), disk=state.disk.copy(), locked=False)
+        before = replace(
+            state,
+            cache=state.cache.copy(),
+            disk=state.disk.copy(),
+            journal=list(state.journal),
+            locked=False,
+        )
         other.run(look, accept_changed_replica=True)
         assert other.volume is not None
         with contextlib.suppress(Exception):
