@@ -23,7 +23,7 @@ import pytest
 from house import ROOT, loop_devices, missing_for_loop, mounts
 
 from vsnapfs.demo import text_en, text_ja
-from vsnapfs.demo.machine import remove_all
+from vsnapfs.demo.clearing import remove_all
 from vsnapfs.demo.narrator import folded
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
