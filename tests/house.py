@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -13,6 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FUSE_DEVICE = "/dev/fuse"
+#: Of a process that tests run in or start: its own memory, mappings of files not counted.
+MEMORY = 4 << 30
+
+
+def limit_memory() -> None:
+    """Beyond `MEMORY`, this process and those that it starts get MemoryError (ENOMEM)."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
