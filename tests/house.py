@@ -9,6 +9,7 @@ import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -93,3 +94,22 @@ def loop_devices() -> dict[str, str]:
         with contextlib.suppress(OSError):  # detached at this moment
             found[f"/dev/{path.parts[3]}"] = path.read_text(errors="surrogateescape").strip()
     return found
+
+
+# --- ordinary users, for a run as root ----------------------------------------------------------
+
+
+# By another program than Python: a process that changed its own uid hides its open files.
+BECOME_A_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+
+
+def python_for_users() -> str | None:
+    """A Python that an ordinary user can run with our packages: not one that lies below /root."""
+    # Started once more by itself, as a server is: setpriv starts it with root's rights still.
+    again = "import numpy, pyfuse3, trio, xxhash, vsnapfs.volume"
+    probe = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {again!r}]))"
+    for python in (sys.executable, "/usr/bin/python3"):
+        command = [*BECOME_A_USER, python, "-c", probe]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return python
+    return None

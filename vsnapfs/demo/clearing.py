@@ -80,10 +80,11 @@ def remove_all(directory: Path, *, own_mounts: bool = False) -> list[Left]:
         if not _mounts_below(directory) and not _processes(directory):
             break
     mounted, processes = _mounts_below(directory), _processes(directory)
-    attached = _still_attached(devices)
     if not mounted:  # never through a mount
         _remove_write_buffers(directory)
+        # Takes away what is mounted on them in copies of our mounts, too.
         shutil.rmtree(directory, ignore_errors=True)
+    attached = _still_attached(devices)
     left = [Left(f"process {pid}", f"kill -KILL {pid}") for pid in processes]
     if not own_mounts:
         tool = "umount --lazy" if os.geteuid() == 0 else "fusermount3 -uz"
@@ -168,20 +169,14 @@ def _still_attached(devices: dict[str, str]) -> list[str]:
 
 
 def _held_by(device: str) -> str:
-    """In words, who has it mounted where we see no mounts."""
-    try:
-        number = Path("/sys/block", Path(device).name, "dev").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-    holders: dict[str, int] = {}
+    """In words, which processes have it open, as far as we may see them."""
+    holders = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         with contextlib.suppress(OSError):  # ended, or not ours to see
-            lines = Path(f"/proc/{pid}/mountinfo").read_text(errors="replace").splitlines()
-            if any(line.split()[2] == number for line in lines):
-                holders.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
-    if not holders:
-        return ""
-    return f" (mounted in the mount namespace of process {', '.join(map(str, holders.values()))})"
+            folder = f"/proc/{pid}/fd"
+            if any(os.readlink(f"{folder}/{fd}") == device for fd in os.listdir(folder)):
+                holders.append(str(pid))
+    return f" (open in process {', '.join(holders)})" if holders else ""
 
 
 # -- processes, files ---------------------------------------------------------------------------
