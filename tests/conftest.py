@@ -43,7 +43,6 @@ from house import (
 )
 
 from vsnapfs.demo.namespace import own_namespace
-from vsnapfs.volume.shm import DIRECTORIES
 
 IN_CI = os.environ.get("CI") == "true"
 TIME_LIMIT = 300.0
@@ -89,7 +88,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
 @pytest.fixture(scope="session", autouse=True)
 def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A volume that is killed and never opened again leaves its write buffer in shared memory."""
-    from vsnapfs.volume.ring import NO_ID, SharedMemory  # brings numpy, which starts threads
+    from vsnapfs.volume.shm import DIRECTORIES  # brings numpy, which starts threads
 
     yield
     for config in tmp_path_factory.getbasetemp().rglob("volume.toml"):
