@@ -38,6 +38,9 @@ class SavedState:
     administrator gave them up), even if a superblock still names them. maximum (bytes),
     block_size (bytes) and epoch are the diff area's, as last seen: a new area can be made with
     them and no number is used twice. generation: the superblock's at that time.
+    others_at, others_point: somebody else had the replica open for writing while we had it, first
+    at this time (nanoseconds since the epoch); of the points up to this number something may be
+    missing. Written only once that has happened, so that earlier versions read all other states.
     """
 
     offline: bool = False
@@ -47,6 +50,8 @@ class SavedState:
     block_size: int = 0
     epoch: int = 0
     generation: int = 0
+    others_at: int = 0
+    others_point: int = 0
 
 
 class StateFile:
@@ -142,6 +147,8 @@ def inspect_state(path: Path) -> dict[str, Any]:
 
 def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     fields: dict[str, Any] = dict(vars(state))
+    if not state.others_point:
+        del fields["others_at"], fields["others_point"]
     fields["fault"] = state.fault.to_json() if state.fault else None
     text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
@@ -187,6 +194,8 @@ def _is_possible(state: SavedState) -> bool:
         "block_size": MAX_BLOCK_SIZE,
         "epoch": MAX_POINT_NUMBER,
         "generation": MAX_COUNTER,
+        "others_at": MAX_COUNTER,
+        "others_point": MAX_POINT_NUMBER,
     }
     values: dict[str, Any] = vars(state)
     numbers = {name: values[name] for name in limits}
