@@ -67,6 +67,15 @@ class File:
         self.file_system = _file_system(os.getpid(), told.get("mnt_id", ""))
         self.names = {str(path), os.path.realpath(path)}
 
+    @classmethod
+    def at(cls, path: Path) -> File:
+        """The file at `path`, without opening it for anything. OSError."""
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return cls(fd, path)
+        finally:
+            os.close(fd)
+
     def is_at(self, path: str) -> bool:
         """Whether it is what lies at `path`, which must be on its own file system."""
         try:

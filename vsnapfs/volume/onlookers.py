@@ -110,8 +110,8 @@ class Onlookers:
         self._core.listeners.append(self._follow)
 
     def _cannot(self, error: OSError) -> None:
-        limits = "; the limits are in /proc/sys/fs/inotify"
-        self.unwatched = f"inotify: {error.strerror or error}{limits}"
+        limits = "limits: sysctl fs.inotify.max_user_watches, max_user_instances"
+        self.unwatched = f"inotify: {error.strerror or error} ({limits})"
 
     def _follow(self) -> None:
         """Watch the files that the volume has now: a new diff area may have been started."""
@@ -125,14 +125,14 @@ class Onlookers:
             known = any(file.what == what for file in self._files)
             if known or not isinstance(backing, FileBacking) or backing.fileno() < 0:
                 continue
-            try:
-                file = openers.File(backing.fileno(), backing.path)
-                watched = _Watched(what, backing, file)
-                if self._inotify is not None:
-                    self._by_watch[self._inotify.add(backing.fileno())] = watched
-                self._files.append(watched)
-            except OSError as error:
-                self._cannot(error)
+            fd = backing.fileno()
+            watched = _Watched(what, backing, openers.File(fd, backing.path))
+            self._files.append(watched)
+            if self._inotify is not None:
+                try:
+                    self._by_watch[self._inotify.add(fd)] = watched
+                except OSError as error:
+                    self._cannot(error)
 
     @contextmanager
     def reopening(self, backing: Backing) -> Iterator[None]:
