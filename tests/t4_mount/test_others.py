@@ -99,7 +99,7 @@ def test_a_volume_that_qemu_uses_is_not_opened(rig: Rig) -> None:
 
 
 def test_dd_is_told_of_and_remembered(rig: Rig) -> None:
-    """One event; then `status`, and the next mount, as long as the point is there."""
+    """One event 1052; then `status`, and the next mount, as long as the point is there."""
     sh("dd", "if=/dev/zero", f"of={rig.image}", "bs=4k", "count=1", "conv=notrunc")
     until(lambda: others(rig).get("suspect_points"))
     (event,) = told(rig)
