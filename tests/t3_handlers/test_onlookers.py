@@ -83,8 +83,16 @@ def write(path: Path, data: bytes = b"x", offset: int = 0) -> None:
         os.close(fd)
 
 
-def only_the_marker(directory: Path, *, what: str = "replica") -> None:
+def looked(served: Served) -> None:
+    """Have a look taken, and wait for its end."""
+    trio.from_thread.run(served.volume.onlookers._look, trio_token=served._token)
+
+
+def only_the_marker(served: Served, *, what: str = "replica") -> None:
     """Nobody has been noticed before; a writer now is, and nobody else with him."""
+    directory = served.directory
+    looked(served)  # What has happened until now is not taken for the marker's.
+    assert told(directory) == []
     name = {"replica": "replica.img", "diff_area": "diff-area"}[what]
     write(directory / name, b"")
     until(lambda: count(directory, what))
@@ -102,9 +110,9 @@ def only_the_marker(directory: Path, *, what: str = "replica") -> None:
 @pytest.mark.parametrize("what", ["replica", "diff_area"])
 def test_a_writer_who_came_and_went_is_noticed(vol: Path, what: str) -> None:
     """One event, which names the file; `status` says since when."""
-    with serving(vol):
+    with serving(vol) as served:
         assert others(vol, what) is None
-        only_the_marker(vol, what=what)
+        only_the_marker(served, what=what)
         found = others(vol, what)
         assert found is not None
         assert found["since"].endswith("Z")
@@ -190,7 +198,7 @@ def test_points_after_the_writer_are_well(vol: Path) -> None:
 
 def test_looking_is_not_writing(vol: Path, tmp_path: Path) -> None:
     """Readers, however they open it, and what changes no content, are not told of."""
-    with serving(vol):
+    with serving(vol) as served:
         for name in ("replica.img", "diff-area"):
             run("sh", "-c", 'cat "$1" | wc -c', "sh", str(vol / name))
             run("cp", str(vol / name), str(tmp_path / name))
@@ -199,12 +207,12 @@ def test_looking_is_not_writing(vol: Path, tmp_path: Path) -> None:
             os.close(os.open(vol / name, os.O_PATH))
             os.stat(vol / name)
             os.utime(vol / name)
-        only_the_marker(vol)
+        only_the_marker(served)
 
 
 def test_an_attempt_at_a_locked_volume_is_not_writing(vol: Path) -> None:
     """Openings that find it locked (a command beside a starting server) are not told of."""
-    with serving(vol):
+    with serving(vol) as served:
         for name in ("replica.img", "diff-area", "state"):
             with pytest.raises(BusyError):
                 FileBacking.open(vol / name)
@@ -215,7 +223,7 @@ def test_an_attempt_at_a_locked_volume_is_not_writing(vol: Path) -> None:
                     await Volume.open(vol, dry_run=dry_run)
 
         trio.run(main)
-        only_the_marker(vol)
+        only_the_marker(served)
 
 
 def test_opening_the_replica_anew_is_not_somebody_else(vol: Path) -> None:
@@ -223,7 +231,7 @@ def test_opening_the_replica_anew_is_not_somebody_else(vol: Path) -> None:
     with serving(vol) as served:
         for _ in range(3):
             served.volume.reopen_replica()
-        only_the_marker(vol)
+        only_the_marker(served)
 
 
 def test_opening_anew_that_fails_hides_nobody(vol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +244,7 @@ def test_opening_anew_that_fails_hides_nobody(vol: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(FileBacking, "_open_data", fail)
         with pytest.raises(OSError, match="no"):
             served.volume.reopen_replica()
-        only_the_marker(vol)
+        only_the_marker(served)
 
 
 def test_a_child_with_our_descriptors_is_not_somebody_else(vol: Path) -> None:
@@ -250,12 +258,7 @@ def test_a_child_with_our_descriptors_is_not_somebody_else(vol: Path) -> None:
         os.close(os.open(vol / "replica.img", os.O_RDONLY))  # so that there is a look while it runs
         looked(served)
         child.communicate(b"\n")
-        only_the_marker(vol)
-
-
-def looked(served: Served) -> None:
-    """Have a look taken, and wait for its end."""
-    trio.from_thread.run(served.volume.onlookers._look, trio_token=served._token)
+        only_the_marker(served)
 
 
 def test_work_of_every_kind_is_not_somebody_else(vol: Path) -> None:
@@ -271,18 +274,28 @@ def test_work_of_every_kind_is_not_somebody_else(vol: Path) -> None:
         client.call(vol, "rp_restore", point=1)
         client.call(vol, "offline")
         client.call(vol, "online")
-        only_the_marker(vol)
+        only_the_marker(served)
 
 
 def test_a_new_diff_area_is_watched_and_the_old_one_s_end_is_ours(vol: Path) -> None:
     """Points given up: the lost file is closed by us, and writers of the new one are noticed."""
-    with serving(vol):
+    with serving(vol) as served:
         client.call(vol, "rp_create")
         (vol / "diff-area").rename(vol / "lost")
         client.call(vol, "offline")
         client.call(vol, "online", give_up_recovery_points=True)
         assert others(vol, "diff_area") is None
-        only_the_marker(vol, what="diff_area")
+        only_the_marker(served, what="diff_area")
+
+
+def test_a_file_that_we_have_closed_has_no_writers(vol: Path) -> None:
+    """The end of our own descriptor is nobody else's, even before another file takes its place."""
+    with serving(vol) as served:
+        core = served.volume.core
+        core.area_is_stale = True  # so that the volume is closed without it
+        core.need_area().backing.close()
+        looked(served)
+        assert told(vol) == []
 
 
 # --- what cannot be had -------------------------------------------------------------------------

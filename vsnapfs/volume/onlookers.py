@@ -93,6 +93,7 @@ class Onlookers:
         self.unwatched: str | None = None
         self._started = False
         self._stirred = False
+        self._looking = trio.Lock()
         self._wake = trio.Event()
         self._asked = trio.Event()
         self._news = trio.Event()
@@ -222,19 +223,23 @@ class Onlookers:
             await self._news.wait()
 
     async def _look(self) -> None:
-        try:
-            self._drain()
-            files = list(self._files)
-            closings = [file.closings for file in files]
-            found = await trio.to_thread.run_sync(
-                _search, [file.file for file in files], limiter=trio.CapacityLimiter(1)
-            )
-            for file, closed, (writers, loops) in zip(files, closings, found, strict=True):
-                file.closings -= closed
-                self._judge(file, bool(closed), writers, loops)
-            await self._remember()
-        except Exception as error:  # noqa: BLE001 - a volume is served without this, too
-            self.unwatched = f"{type(error).__name__}: {error}"
+        async with self._looking:  # What one look accounts for another one does not, too.
+            try:
+                await self._look_at_all()
+            except Exception as error:  # noqa: BLE001 - a volume is served without this, too
+                self.unwatched = f"{type(error).__name__}: {error}"
+
+    async def _look_at_all(self) -> None:
+        self._drain()
+        files = list(self._files)
+        closings = [file.closings for file in files]
+        found = await trio.to_thread.run_sync(
+            _search, [file.file for file in files], limiter=trio.CapacityLimiter(1)
+        )
+        for file, closed, (writers, loops) in zip(files, closings, found, strict=True):
+            file.closings -= closed
+            self._judge(file, bool(closed), writers, loops)
+        await self._remember()
 
     def _judge(
         self,
