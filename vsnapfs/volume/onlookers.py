@@ -91,7 +91,6 @@ class Onlookers:
         self._inotify: inotify.Inotify | None = None
         #: Why nobody is noticed, None if all is well.
         self.unwatched: str | None = None
-        self._started = False
         self._stirred = False
         self._looking = trio.Lock()
         self._wake = trio.Event()
@@ -102,7 +101,6 @@ class Onlookers:
 
     def start(self) -> None:
         """Begin to watch, right after the files were opened. Fails softly: see `unwatched`."""
-        self._started = True
         try:
             self._inotify = inotify.Inotify()
         except OSError as error:
