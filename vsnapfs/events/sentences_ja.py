@@ -321,7 +321,7 @@ SENTENCES: dict[tuple[str, int], str] = {
         "[{the_volume}の差分領域 {diff_area} |{the_volume}のレプリカ[ ({device}) ]]が、vsnapfs 以外"
         "の何か[ ({what}) ]によって書き込み用に開かれました[ (前回の報告以降、{more_times})]。"
         "[{diff_area} にある写しが壊れたおそれがあります。`vsnapfs verify {VOLUME}` で確認して"
-        "ください。|上書きされた内容は退避されていないため、回復ポイントから失われています。]"
+        "ください。|上書きされた内容があれば、退避されていないため回復ポイントから失われています。]"
     ),
     ("vsnapfs", 1060): (
         "{the_volume}のレプリカ[ ({device}) ]の同期に失敗しました。[原因: {cause}。]最後に"
