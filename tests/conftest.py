@@ -1,7 +1,7 @@
 """What all tests share: which of them can run here, how long they may take, what they leave behind.
 
-* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`: without it the test is skipped with the
-  reason; when CI=true it fails instead, so that a green CI means that it ran.
+* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`, `needs_qemu`: without it the test is skipped
+  with the reason; when CI=true it fails instead, so that a green CI means that it ran.
 * choices are the same in every run, unless a random search is asked for (see tests/chance.py);
 * no process may take more than 4 GiB, so that one that runs away fails instead of the machine;
 * the run has a mount namespace of its own, as root or where users can have one: what is mounted in
@@ -38,6 +38,7 @@ from house import (
     missing_for_fio,
     missing_for_fuse,
     missing_for_loop,
+    missing_for_qemu,
     mounts,
     run,
 )
@@ -82,13 +83,14 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "needs_fuse": missing_for_fuse,
     "needs_loop": missing_for_loop,
     "needs_fio": missing_for_fio,
+    "needs_qemu": missing_for_qemu,
 }
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A volume that is killed and never opened again leaves its write buffer in shared memory."""
-    from vsnapfs.volume.shm import DIRECTORIES  # brings numpy, which starts threads
+    from vsnapfs.volume.shm import discard  # brings numpy, which starts threads
 
     yield
     for config in tmp_path_factory.getbasetemp().rglob("volume.toml"):
@@ -97,9 +99,7 @@ def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         text = config.read_bytes().decode(errors="replace")
         found = re.search(r'^volume-id = "([0-9a-f]{32})"$', text, re.MULTILINE)
         if found:
-            for directory in DIRECTORIES:
-                for path in directory.glob(f"vsnapfs-{found[1]}-*"):
-                    path.unlink()
+            discard(bytes.fromhex(found[1]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

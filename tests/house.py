@@ -69,6 +69,13 @@ def missing_for_fio() -> str | None:
     return None if shutil.which("fio") else "fio is not installed"
 
 
+@functools.cache
+def missing_for_qemu() -> str | None:
+    """Why no image can be opened with QEMU's tools here, or None."""
+    absent = [tool for tool in ("qemu-io", "qemu-img") if shutil.which(tool) is None]
+    return f"{' and '.join(absent)} not installed (qemu-utils)" if absent else None
+
+
 def mounts() -> dict[str, tuple[str, str, str]]:
     """Mount id → (mountpoint, file system type, source) from /proc/self/mountinfo."""
     found = {}

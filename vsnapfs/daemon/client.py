@@ -18,11 +18,13 @@ import stat
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vsnapfs import openers
 from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
 from vsnapfs.daemon.control import encode, open_directory
 from vsnapfs.daemon.operations import OPERATIONS, Progress
@@ -108,7 +110,12 @@ def with_holder(error: VsnapError, folder: Path) -> VsnapError:
         fields = line.split()
         if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == device:
             error.hint = f"Process {fields[4]} has it. {error.hint}".strip()
-            break
+            return error
+    with suppress(OSError):
+        paths = VolumePaths(folder)
+        files = [openers.File.at(path) for path in (paths.replica, paths.diff_area)]
+        names = ", ".join(str(writer) for those in openers.writers(files) for writer in those)
+        error.hint = f"{names} has it open. {error.hint}" if names else error.hint
     return error
 
 

@@ -165,7 +165,7 @@ class Server:
             self._device = mount.device if mount else ""
             await outer.start(control.serve)
             self._session = session
-            self._ready(list(volume.warnings))
+            self._ready([*volume.warnings, *volume.onlookers.warnings()])
             with trio.CancelScope() as self._loop_scope:
                 await session.run(self._device)
         finally:
@@ -194,6 +194,7 @@ class Server:
 
     async def _status(self, volume: Volume, _progress: Progress) -> dict[str, Any]:
         """The operation `status`, with what the mounted tree knows besides."""
+        await volume.news()
         return volume.status() if self._handlers is None else self._handlers.status()
 
     async def _stop(

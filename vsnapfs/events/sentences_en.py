@@ -311,6 +311,12 @@ SENTENCES: dict[tuple[str, int], str] = {
         "[: {cause}]. Its"
         " recovery points may show the changed bytes."
     ),
+    ("vsnapfs", 1052): (
+        "[The diff area {diff_area} of {the_volume}|The replica of {the_volume}[, {device},]] was"
+        " opened for writing by somebody else[: {what}][, and {more_times} since the last such"
+        " event]. [What was written may have spoilt copies in {diff_area}: `vsnapfs verify"
+        " {VOLUME}` tells.|Whatever was overwritten is missing from the recovery points.]"
+    ),
     ("vsnapfs", 1060): (
         "The replica of {the_volume}[, {device},] could not be synced.[ Cause: {cause}.] What was"
         " written since the last good sync may be lost, and every flush fails until the"

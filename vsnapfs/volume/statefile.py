@@ -38,6 +38,9 @@ class SavedState:
     administrator gave them up), even if a superblock still names them. maximum (bytes),
     block_size (bytes) and epoch are the diff area's, as last seen: a new area can be made with
     them and no number is used twice. generation, ring, boot: the superblock's at that time.
+    others_at, others_point: somebody else had the replica open for writing while we had it, first
+    at this time (nanoseconds since the epoch); of the points up to this number something may be
+    missing. Written only once that has happened, so that earlier versions read all other states.
     """
 
     offline: bool = False
@@ -49,6 +52,8 @@ class SavedState:
     generation: int = 0
     ring: RingName = NO_RING
     boot: bytes = bytes(16)
+    others_at: int = 0
+    others_point: int = 0
 
 
 class StateFile:
@@ -154,6 +159,8 @@ def _fields(state: SavedState) -> dict[str, Any]:
 
 def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     fields = _fields(state)
+    if not state.others_point:
+        del fields["others_at"], fields["others_point"]
     text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
@@ -202,6 +209,8 @@ def _is_possible(state: SavedState) -> bool:
         "block_size": MAX_BLOCK_SIZE,
         "epoch": MAX_POINT_NUMBER,
         "generation": MAX_COUNTER,
+        "others_at": MAX_COUNTER,
+        "others_point": MAX_POINT_NUMBER,
     }
     values: dict[str, Any] = vars(state)
     numbers = {name: values[name] for name in limits}

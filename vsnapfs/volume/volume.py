@@ -30,6 +30,7 @@ from .adoption import CLOSED
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
+from .onlookers import Onlookers
 from .opening import Opened, check_replica, close_files, open_files
 from .overlay import NoLog
 from .points import Points
@@ -53,6 +54,8 @@ class Volume:
         #: What opening has brought back or found, as `repair` tells it.
         self.account = Account(opened)
         self.protection = Protection(core, opened.saved)
+        self.onlookers = opened.onlookers or Onlookers(core)
+        self.onlookers.protection = self.protection
         self.room = Room(core)
         self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
         self.points_service = Points(core, self.protection, self.room, self.buffer)
@@ -134,7 +137,9 @@ class Volume:
             opened.core.dry_run = dry_run
             opened.buffer_size = write_buffer
             opened.core.durability = durability or opened.core.config.durability
+            opened.onlookers = Onlookers(opened.core, serving=mountpoint is not None)
             try:
+                opened.onlookers.start()
                 return await cls.from_opened(
                     opened,
                     accept_changed_replica,
@@ -143,6 +148,7 @@ class Volume:
                     closed=closed,
                 )
             except BaseException:
+                opened.onlookers.stop()
                 close_files(opened.core)
                 opened.core.log.close()  # type: ignore[attr-defined]
                 raise
@@ -313,9 +319,12 @@ class Volume:
                     await self._continue_restore()
                 buffering = trio.CancelScope()
                 await nursery.start(self._buffer_writes, buffering)
+                looking = trio.CancelScope()
+                nursery.start_soon(self._look_out, looking)
                 task_status.started()
                 await self._stop.wait()
                 buffering.cancel()
+                looking.cancel()
                 # A growth under way is finished: the nursery waits for it.
         finally:
             self.core.nursery = None
@@ -329,6 +338,10 @@ class Volume:
     ) -> None:
         with scope:
             await self.buffer.run(task_status=task_status)
+
+    async def _look_out(self, scope: trio.CancelScope) -> None:
+        with scope:
+            await self.onlookers.run()
 
     async def _continue_restore(self) -> None:
         """Go on with an in-place restore that was interrupted. The caller holds `admin_lock`."""
@@ -360,6 +373,7 @@ class Volume:
                     await self._leave()
             self._stop.set()
             await self._stopped.wait()
+            await self.onlookers.finish()
             self.buffer.close()
             await in_thread(self.writer.copier.close)
             await in_thread(close_files, core)
@@ -498,7 +512,8 @@ class Volume:
     def reopen_replica(self) -> None:
         """After a failed sync: open it anew and forget what was lost. OSError, BusyError."""
         core = self.core
-        core.replica.reopen()
+        with self.onlookers.reopening(core.replica):
+            core.replica.reopen()
         # The host may still show what a failed sync has lost. Only what is on the disk counts.
         core.replica.forget_cache()
         core.replica_failed, core.replica_error = False, None
@@ -527,6 +542,10 @@ class Volume:
                 exit_code=3,
                 code="no-way-online",
             )
+
+    async def news(self) -> None:
+        """Look for what `status` cannot know without looking. Takes a second at most."""
+        await self.onlookers.news()
 
     def status(self) -> dict[str, Any]:
         """Everything about the volume, JSON-ready; sizes in bytes."""
