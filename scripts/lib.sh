@@ -67,6 +67,11 @@ missing_tools() {
   { command -v mount && command -v losetup; } >/dev/null || echo mount
 }
 
+# Programs that only tests run; those that need them are skipped without (and fail in CI).
+missing_test_tools() {
+  command -v qemu-io >/dev/null || echo qemu-utils
+}
+
 # The programs that scripts/bench measures beside vsnapfs.
 missing_peers() {
   command -v qemu-storage-daemon >/dev/null || echo qemu-system-common
@@ -213,5 +218,6 @@ setup() {
     make_venv "$level"
   fi
   [[ $level != bench ]] || want_packages missing_peers
+  [[ $level != test ]] || want_packages missing_test_tools
   exec {lock}<&-
 }

@@ -146,6 +146,10 @@ OTHERS = (
         state="online"),
     Row(0, "the administrator's `offline`", ENODEV, 1020, "as after a fault", "`online`",
         HERE + "test_taken_offline_by_hand", state="offline, no fault"),
+    Row(0, "somebody else opens the replica's file for writing (dd, mkfs, losetup)", "nothing",
+        1052, "everything; whatever was overwritten is missing from the points before it",
+        "end it; use MOUNTPOINT/replica.img; take a new point",
+        "tests/t4_mount/test_others.py::test_dd_is_told_of_and_remembered", state="online"),
 )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from .errors import BusyError, VsnapError
+from . import locks
+from .errors import BusyError
 
 _BLKGETSIZE64 = 0x80081272
 _FS_IOC_GETFLAGS = 0x80086601
@@ -49,6 +50,17 @@ class Identity(NamedTuple):
     inode: int
     size: int
     ctime_ns: int
+
+
+class FileId(NamedTuple):
+    """Which file it is, whatever its name: a copy of it is another one. owner: its user's number.
+
+    A block device is known by its own number, and has no inode: 0.
+    """
+
+    device: int
+    inode: int
+    owner: int
 
 
 class Removed(OSError):
@@ -125,6 +137,10 @@ class Backing(Protocol):
         """The file as it is now. See `Identity`."""
         ...
 
+    def file_id(self) -> FileId:
+        """Which file this is. See `FileId`."""
+        ...
+
     def forget_cache(self) -> None:
         """Ask the host to read from the disk again (a hint)."""
         ...
@@ -196,43 +212,8 @@ def set_nocow(fd: int) -> bool:
     return True
 
 
-def _open_locked(path: Path, *, follow: bool) -> tuple[int, bool]:
-    """(descriptor, is it a block device), opened read-write and locked."""
-    mode = os.stat(path, follow_symlinks=follow).st_mode
-    is_device = stat.S_ISBLK(mode)
-    # Looked at before it is opened, too: opening a tape or a watchdog does something.
-    if not (is_device or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-        raise VsnapError(f"{path} is neither a file nor a block device")
-    # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
-    # O_NONBLOCK: a pipe in a file's place must not hang us; files and devices ignore it.
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
-    flags |= (0 if follow else os.O_NOFOLLOW) | (os.O_EXCL if is_device else 0)
-    try:
-        fd = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise BusyError(f"{path} is in use (mounted, or held by another process)") from None
-        raise
-    _lock(path, fd)
-    return fd, is_device
-
-
-def _lock(path: Path, fd: int) -> None:
-    """Lock an open file or device for this process; closes `fd` when that fails."""
-    try:
-        mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise VsnapError(f"{path} is neither a file nor a block device")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{path} is in use by another process",
-                hint="A volume has one server: look for it with 'vsnapfs status'.",
-            ) from None
-    except BaseException:
-        os.close(fd)
-        raise
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 def sync_directory(path: Path) -> None:
@@ -247,16 +228,22 @@ def sync_directory(path: Path) -> None:
 class FileBacking:
     """A real file or block device, locked for this process from open to close."""
 
-    def __init__(self, path: Path, fd: int, *, is_device: bool, follow: bool = True) -> None:
-        """Take over an open, locked descriptor. Use `open` or `create`."""
+    def __init__(self, path: Path, lock: int, *, follow: bool = True) -> None:
+        """Take over a descriptor that holds the locks. Use `open` or `create`."""
         self.path = path
-        self.is_device = is_device
+        self.is_device = stat.S_ISBLK(os.fstat(lock).st_mode)
         self.is_concurrent = True
-        self._fd = fd
+        #: Holds the locks from open to close; nothing is read or written through it.
+        self._lock = lock
         self._follow = follow
         self.tells_cached = hasattr(os, "RWF_NOWAIT")
         #: The windows of the last short reads that were not in the host's cache.
         self._misses = [-1] * _MISSES
+        try:
+            self._fd = self._open_data()
+        except BaseException:
+            os.close(lock)
+            raise
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -268,16 +255,40 @@ class FileBacking:
         Raises FileNotFoundError and other OSErrors as they are, BusyError if another process
         (or another volume in this one) holds it.
         """
-        fd, is_device = _open_locked(path, follow=follow)
-        return cls(path, fd, is_device=is_device, follow=follow)
+        return cls(path, locks.open_locked(path, follow=follow), follow=follow)
 
     @classmethod
     def create(cls, path: Path) -> FileBacking:
         """Make a new, empty file (0600) and lock it. FileExistsError if there is one."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        fd = os.open(path, flags, 0o600)
-        _lock(path, fd)
-        return cls(path, fd, is_device=False, follow=False)
+        lock = os.open(path, flags, 0o600)
+        try:
+            locks.take(path, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, lock, follow=False)
+
+    def _open_data(self) -> int:
+        """A descriptor of the locked file to read and write. OSError, BusyError."""
+        # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
+        access = os.O_RDWR | (os.O_EXCL if self.is_device else 0)
+        try:
+            fd = locks.open_file(self.path, access, follow=self._follow)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise BusyError(
+                    f"{self.path} is in use (mounted, or held by another process)"
+                ) from None
+            raise
+        if not _is_same(os.fstat(fd), os.fstat(self._lock)):
+            os.close(fd)
+            raise BusyError(f"{self.path} was replaced while it was being opened")
+        return fd
+
+    def fileno(self) -> int:
+        """Of the descriptor that holds the locks: to look at the file, for nothing else."""
+        return self._lock
 
     # -- reading and writing --------------------------------------------------------------------
 
@@ -396,7 +407,7 @@ class FileBacking:
         except OSError as error:
             raise Removed(error.errno or errno.ENOENT, f"{self.path} is gone") from None
         here = os.fstat(self._fd)
-        if here.st_nlink == 0 or (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+        if here.st_nlink == 0 or not _is_same(there, here):
             raise Removed(errno.ENOENT, f"{self.path} is not the file that was opened")
         if self.is_device:
             # A device that was unplugged keeps its node until udev acts, but has no size.
@@ -417,6 +428,13 @@ class FileBacking:
             return Identity(info.st_rdev, 0, self.size(), 0)
         return Identity(info.st_dev, info.st_ino, info.st_size, info.st_ctime_ns)
 
+    def file_id(self) -> FileId:
+        """See `Backing.file_id`."""
+        info = os.fstat(self._fd)
+        if self.is_device:
+            return FileId(info.st_rdev, 0, info.st_uid)
+        return FileId(info.st_dev, info.st_ino, info.st_uid)
+
     def forget_cache(self) -> None:
         """See `Backing.forget_cache`."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -425,28 +443,23 @@ class FileBacking:
         """See `Backing.reopen`. OSError, BusyError or Removed leave the old one in place.
 
         The descriptor keeps its number: a read under way in another thread must not find somebody
-        else's file behind it. A device that cannot be opened again can only be closed.
+        else's file behind it. A device that cannot be opened again can only be closed. The locks
+        stay: they are another descriptor's.
         """
         self.check_present()
-        # The lock belongs to the old descriptor: it is given up for the blink of an eye.
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
         if self.is_device:
             # O_EXCL holders exclude each other, ourselves included: drop the claim first.
             nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             os.dup2(nothing, self._fd, inheritable=False)
             os.close(nothing)
-        try:
-            fd, _ = _open_locked(self.path, follow=self._follow)
-        except BaseException:
-            if not self.is_device:
-                with suppress(OSError):
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raise
+        fd = self._open_data()
         os.dup2(fd, self._fd, inheritable=False)
         os.close(fd)
 
     def close(self) -> None:
         """See `Backing.close`. May be called twice."""
         if self._fd >= 0:
+            # The locks last: who gets them next finds it open for writing by nobody.
             os.close(self._fd)
-            self._fd = -1
+            os.close(self._lock)
+            self._fd = self._lock = -1

@@ -584,7 +584,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         two_flushes_and_one_of_them_fails,
         Core,
         "sync_replica",
-        "with self._replica_syncing:",
+        'with self.admin.waits_for("a sync of the replica"), self._replica_syncing:',
         "if True:",
     ),
 }

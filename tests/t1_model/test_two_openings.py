@@ -1,7 +1,7 @@
 """S1: two openings of one volume, or of two directories that name one diff area, at one time.
 
 The first stops between two steps of its opening, the second runs as far as it gets; one of them
-wins, whichever locks first. With flock(2) taken away both get in, which the test must notice.
+wins, whichever locks first. With the locks taken away both get in, which the test must notice.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _two_directories(base: Path) -> tuple[Path, Path]:
 def test_two_openings_at_one_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, names: str, *, locked: bool
 ) -> None:
-    """S1: one of them is told "busy", and holds nothing after that; without flock(2) both get in.
+    """S1: one of them is told "busy", and holds nothing after that; without the locks both get in.
 
     `_open_state` lies between the locks of replica and diff area, `open_core` after both.
     """
@@ -84,7 +84,7 @@ def test_two_openings_at_one_time(
     if names == "one directory":
         second = first
     if not locked:
-        monkeypatch.setattr("vsnapfs.backing.fcntl.flock", lambda *_args: None)
+        monkeypatch.setattr("vsnapfs.locks.take", lambda *_args: None)
 
     async def main() -> None:
         both = await Two(monkeypatch, step).race(first, second)

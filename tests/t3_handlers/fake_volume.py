@@ -224,6 +224,9 @@ class FakeVolume:
         finally:
             self.ended.append("verify")
 
+    async def news(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def status(self) -> dict[str, Any]:
         if "status" in self.fails:
             raise self.fails["status"]

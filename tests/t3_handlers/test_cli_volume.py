@@ -94,7 +94,10 @@ def test_status_has_the_promised_keys(vol: Path) -> None:
     assert report["fault"] is None
     assert report["consistent"] is None
     assert report["pid"] is None
-    assert report["replica"] == {"path": str(vol / "replica.img"), "size": SIZE}
+    nobody = {"others": None, "loop_devices": []}
+    assert report["replica"] == {"path": str(vol / "replica.img"), "size": SIZE} | nobody
+    assert report["diff_area"].items() >= nobody.items()
+    assert report["unwatched"] is None
     assert report["recovery_points"] == 0
     area = report["diff_area"]
     assert area["path"] == str(vol / "diff-area")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vsnapfs import config
+from vsnapfs import config, openers
 from vsnapfs.daemon import loops, mounts, preflight, process, server
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
@@ -279,6 +279,7 @@ def sys_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / name / "loop").mkdir()
             (tmp_path / name / "loop" / "backing_file").write_text(backing + "\n")
     monkeypatch.setattr(loops, "_SYS_BLOCK", tmp_path)
+    monkeypatch.setattr(openers, "_SYS_BLOCK", tmp_path)
     return tmp_path
 
 

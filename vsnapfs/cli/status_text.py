@@ -116,6 +116,11 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if status.get("suspect_points"):
         listed.append(("SUSPECT", _suspect(int(status["suspect_points"]))))
+    listed += _others("replica", replica) + _others("diff area", area)
+    if status.get("unwatched"):
+        listed.append(
+            ("not watched", f"who else opens the files is not seen: {status['unwatched']}")
+        )
     if status.get("fuse"):
         listed.append(("requests", _requests(status["fuse"])))
     if status.get("restoring"):
@@ -170,6 +175,28 @@ def _buffer(status: dict[str, Any]) -> str:
 def _suspect(count: int) -> str:
     points = "1 recovery point" if count == 1 else f"{count} recovery points"
     return f"{points} lived through a power failure with durability process and may be wrong"
+
+
+def _others(what: str, file: dict[str, Any]) -> list[tuple[str, str]]:
+    """Who uses a file of the volume beside vsnapfs: what was noticed, and loop devices."""
+    listed = []
+    others = file.get("others")
+    if others:
+        words = f"the {what} has been open for writing to others since {others.get('since', '?')}"
+        if others.get("writers"):
+            words += f", and is now to {', '.join(map(shown, others['writers']))}"
+        missing = others.get("suspect_points")
+        if missing:
+            points = "1 recovery point" if missing == 1 else f"{missing} recovery points"
+            words += f"; whatever they overwrote is missing from {points}"
+        listed.append(("OTHERS", words))
+    for loop in file.get("loop_devices") or []:
+        words = f"{shown(loop.get('device', '?'))} is on {shown(file.get('path', '?'))} itself"
+        words += ", read-only" if loop.get("read_only") else ""
+        if loop.get("mounts"):
+            words += f", mounted on {', '.join(map(shown, loop['mounts']))}"
+        listed.append(("LOOP DEVICE", words))
+    return listed
 
 
 def _points(status: dict[str, Any]) -> str:

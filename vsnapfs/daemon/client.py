@@ -18,12 +18,14 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vsnapfs import openers
 from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
 from vsnapfs.daemon.control import open_directory
@@ -41,6 +43,8 @@ _SILENCE_SECONDS = 30.0
 # How long a lock may be held by somebody who does not answer: a server that is opening or closing
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
+# What needs nothing but the recovery points, which a volume that must stay closed still has.
+_LOOKING = ("status", "rp_list", "rp_resolve", "verify")
 
 
 async def _only_a_server(_volume: Volume, _progress: Progress) -> None:
@@ -144,7 +148,12 @@ def with_holder(error: VsnapError, folder: Path) -> VsnapError:
         fields = line.split()
         if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == device:
             error.hint = f"Process {fields[4]} has it. {error.hint}".strip()
-            break
+            return error
+    with suppress(OSError):
+        paths = VolumePaths(folder)
+        files = [openers.File.at(path) for path in (paths.replica, paths.diff_area)]
+        names = ", ".join(str(writer) for those in openers.writers(files) for writer in those)
+        error.hint = f"{names} has it open. {error.hint}" if names else error.hint
     return error
 
 
@@ -290,7 +299,8 @@ class _Here:
             with self._until_interrupted():
                 # Opening alone may repair something already.
                 dry_run = self._request.params.get("dry_run") is True
-                volume = await _open_here(self._folder, dry_run=dry_run)
+                look_only = self._request.operation.name in _LOOKING
+                volume = await _open_here(self._folder, dry_run=dry_run, look_only=look_only)
             if volume is None:
                 raise self._interrupted()
             return await self._carry_out(volume)
@@ -358,11 +368,11 @@ async def _close(volume: Volume) -> None:
         await volume.close()
 
 
-async def _open_here(folder: Path, *, dry_run: bool) -> Volume:
+async def _open_here(folder: Path, *, dry_run: bool, look_only: bool) -> Volume:
     from vsnapfs.volume import Volume
 
     try:
-        return await Volume.open(folder, dry_run=dry_run)
+        return await Volume.open(folder, dry_run=dry_run, look_only=look_only)
     except VsnapError as error:
         if error.code == "busy":
             raise _Locked(error) from error

@@ -103,6 +103,7 @@ class Server:
         accept_changed_replica: bool,
         durability: Durability | None = None,
         write_buffer: int = DEFAULT_WRITE_BUFFER,
+        give_up_write_buffer: bool = False,
         lang: str,
         ready: Callable[[list[str]], None],
     ) -> None:
@@ -111,6 +112,7 @@ class Server:
             "accept_changed_replica": accept_changed_replica,
             "durability": durability,
             "write_buffer": write_buffer,
+            "give_up_write_buffer": give_up_write_buffer,
         }
         self._lang = lang
         self._ready = ready
@@ -168,7 +170,7 @@ class Server:
             self._device = mount.device if mount else ""
             await outer.start(control.serve)
             self._session = session
-            self._ready(list(volume.warnings))
+            self._ready([*volume.warnings, *volume.onlookers.warnings()])
             with trio.CancelScope() as self._loop_scope:
                 await session.run(self._device)
         finally:
@@ -198,6 +200,7 @@ class Server:
 
     async def _status(self, volume: Volume, _progress: Progress) -> dict[str, Any]:
         """The operation `status`, with what the mounted tree knows besides."""
+        await volume.news()
         return volume.status() if self._handlers is None else self._handlers.status()
 
     async def _stop(

@@ -1,6 +1,6 @@
 """Loop devices on the live replica.
 
-Owns the calls of losetup(8) and the reading of /sys/block/loop*. Promises that `attach_loop` never
+Owns the calls of losetup(8). Promises that `attach_loop` never
 makes a second device over one replica (two page caches over one image destroy file systems), and
 that after `detach_loop` the device is really gone, not only marked to go.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vsnapfs.config import shown
 from vsnapfs.errors import BusyError, VsnapError
+from vsnapfs.openers import attached, backing_file
 
 _SYS_BLOCK = Path("/sys/block")
 # udev and its helpers open a new device for a moment; the kernel detaches when the last has left.
@@ -28,25 +29,7 @@ def loop_devices(mountpoint: Path) -> list[str]:
     Asks only the kernel, never the file system: safe on a dead mount.
     """
     inside = f"{mountpoint}/"
-    return [device for device, backing in _attached() if backing.startswith(inside)]
-
-
-def _attached() -> list[tuple[str, str]]:
-    """(device, backing file) of every loop device in use, by number."""
-    found = []
-    for entry in _SYS_BLOCK.glob("loop*"):
-        backing = _backing_file(entry.name)
-        if backing is not None:
-            found.append((f"/dev/{entry.name}", backing))
-    return sorted(found, key=lambda pair: (len(pair[0]), pair[0]))
-
-
-def _backing_file(name: str) -> str | None:
-    try:
-        raw = (_SYS_BLOCK / name / "loop" / "backing_file").read_bytes()
-    except OSError:
-        return None  # not attached
-    return os.fsdecode(raw.removesuffix(b"\n"))
+    return [device for device, backing in attached() if backing.startswith(inside)]
 
 
 def attach_loop(image: Path) -> str:
@@ -55,7 +38,7 @@ def attach_loop(image: Path) -> str:
     VsnapError "not-root", "no-losetup", "offline"; BusyError if a device has it already.
     """
     _needs_root("attach")
-    existing = [device for device, backing in _attached() if backing == str(image)]
+    existing = [device for device, backing in attached() if backing == str(image)]
     if existing:
         raise BusyError(
             f"{shown(image)} is attached already, as {', '.join(existing)}",
@@ -80,12 +63,12 @@ def detach_loop(device: str) -> None:
             f"{shown(device)} is in use by {', '.join(users)}",
             hint="Unmount it first; whatever is not yet written goes through on the way.",
         )
-    before = _backing_file(name)
+    before = backing_file(name)
     if before is None:
         raise VsnapError(f"{shown(device)} is not attached", code="not-attached")
     _losetup("--detach", device)
     give_up = time.monotonic() + _DETACH_PATIENCE
-    while _backing_file(name) == before:
+    while backing_file(name) == before:
         if time.monotonic() > give_up:
             raise BusyError(
                 f"{shown(device)} is still in use by somebody",

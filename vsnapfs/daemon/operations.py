@@ -86,6 +86,7 @@ def point_json(point: RecoveryPoint) -> dict[str, Any]:
 
 
 async def _status(volume: Volume, progress: Progress) -> dict[str, Any]:
+    await volume.news()
     return dict(volume.status())
 
 

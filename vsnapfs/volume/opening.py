@@ -21,8 +21,9 @@ from ..diffarea.layout import DEFAULT_BLOCK_SIZE
 from ..diffarea.recovery import Report, open_area
 from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
+from .onlookers import Onlookers
 from .overlay import Overlay
-from .ring import RingStore, SharedMemory
+from .shm import RingStore, SharedMemory
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
@@ -45,6 +46,7 @@ class Opened:
     #: Where write buffers live, None if nowhere; the size of one in bytes, 0 for none.
     store: RingStore | None = None
     buffer_size: int = DEFAULT_WRITE_BUFFER
+    onlookers: Onlookers | None = None
 
 
 def open_files(

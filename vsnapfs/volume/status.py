@@ -33,8 +33,11 @@ def status_of(volume: Volume) -> dict[str, Any]:
             "allocated": area.allocated if area else None,
             "maximum": area.maximum if area else saved.maximum or None,
             "minimum": area.minimum_for_used if area else None,
-        },
-        "replica": {"path": str(core.replica.path), "size": core.size},
+        }
+        | volume.onlookers.status("diff area"),
+        "replica": {"path": str(core.replica.path), "size": core.size}
+        | volume.onlookers.status("replica"),
+        "unwatched": volume.onlookers.unwatched,
         "recovery_points": len(points),
         "oldest": iso(points[0].created_ns) if points else None,
         "latest": iso(points[-1].created_ns) if points else None,
