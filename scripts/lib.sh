@@ -67,6 +67,12 @@ missing_tools() {
   { command -v mount && command -v losetup; } >/dev/null || echo mount
 }
 
+# What the tests run besides.
+missing_test_tools() {
+  missing_tools
+  command -v strace >/dev/null || echo strace
+}
+
 # The programs that scripts/bench measures beside vsnapfs.
 missing_peers() {
   command -v qemu-storage-daemon >/dev/null || echo qemu-system-common
@@ -90,7 +96,7 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), 
 }
 
 missing_anything() {
-  missing_tools
+  "$tools"
   missing_build_tools
 }
 
@@ -201,13 +207,14 @@ make_venv() (
 )
 
 setup() {
-  local level=$1 lock
+  local level=$1 lock tools=missing_tools
+  [[ $level != test ]] || tools=missing_test_tools
   find_python
   # Two scripts started at once: the second waits for the first one's work.
   exec {lock}<"$root"
   flock "$lock"
   if venv_is_good "$level"; then
-    need_packages missing_tools
+    need_packages "$tools"
   else
     need_packages missing_anything
     make_venv "$level"

@@ -74,7 +74,8 @@ class WriteBuffer:
         self.stuck: Exception | None = None
         self._to_preserve: deque[Record] = deque()
         self._to_overwrite: deque[Record] = deque()
-        self._acknowledged = 0
+        #: How many writes have been acknowledged, and carried out.
+        self.acknowledged = 0
         self._released = 0
         self._running = False
         self._arrived = trio.Event()
@@ -212,7 +213,7 @@ class WriteBuffer:
         return True
 
     def _enter(self, record: Record) -> None:
-        self._acknowledged += 1
+        self.acknowledged += 1
         self._to_preserve.append(record)
         pending = self.pending
         for block in self._blocks(record):
@@ -256,12 +257,14 @@ class WriteBuffer:
 
     # -- for whoever needs the replica as it was acknowledged -----------------------------------
 
-    async def drain(self) -> None:
+    async def drain(self, wanted: int | None = None) -> None:
         """Return when all that was acknowledged before the call is in the replica.
 
-        OSError if that cannot be: the volume is offline then.
+        wanted: what `acknowledged` was after a certain write, to wait for no later ones. OSError
+        if that cannot be: the volume is offline then.
         """
-        wanted = self._acknowledged
+        if wanted is None:
+            wanted = self.acknowledged
         while self._released < wanted:
             if self.stuck is not None:
                 text = f"acknowledged writes could not be carried out: {self.stuck}"
@@ -274,7 +277,7 @@ class WriteBuffer:
     async def try_again(self) -> None:
         """`online`, or an opening: carry out what is left, before anything else. OSError."""
         self.stuck = None
-        wanted = self._acknowledged
+        wanted = self.acknowledged
         with trio.CancelScope(shield=True):
             while self._released < wanted and self.stuck is None:
                 await self._step()
