@@ -64,14 +64,15 @@ class Namespace:
         self.run("mount", *arguments)
         self._undo.append(("umount", "--lazy", arguments[-1]))
 
-    def serve(self, volume: Path, place: Path) -> None:
+    def serve(self, volume: Path, place: Path, **environment: str) -> None:
         """Mount a volume there."""
-        self.vsnapfs("mount", volume, place)
+        self.vsnapfs("mount", volume, place, **environment)
         self._undo.append((sys.executable, "-m", "vsnapfs", "umount", volume))
 
-    def vsnapfs(self, *arguments: str | Path) -> str:
+    def vsnapfs(self, *arguments: str | Path, **environment: str) -> str:
         """A command of ours; its stdout."""
-        return self.run(sys.executable, "-m", "vsnapfs", *arguments)
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        return self.run("env", *settings, sys.executable, "-m", "vsnapfs", *arguments)
 
     def status(self, volume: Path) -> dict[str, Any]:
         """What `status --json` says of it."""
