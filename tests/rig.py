@@ -266,9 +266,9 @@ async def read_replica(volume: Volume) -> bytes:
         handle.close()
 
 
-async def write(volume: Volume, offset: int, data: bytes) -> None:
-    """One write through a handle of its own."""
-    handle = volume.open_replica()
+async def write(volume: Volume, offset: int, data: bytes, *, durably: bool = False) -> None:
+    """One write through a handle of its own. durably: it was opened with O_DSYNC."""
+    handle = volume.open_replica(synchronous=durably)
     try:
         await handle.write(offset, data)
     finally:

@@ -147,25 +147,29 @@ class VolumeMachine(RuleBasedStateMachine):
 
     # -- data -------------------------------------------------------------------------------------
 
-    async def do_write(self, volume: Volume, offset: int, data: bytes) -> None:
-        """One write, and what it may legally answer."""
+    async def do_write(
+        self, volume: Volume, offset: int, data: bytes, durably: bool = False
+    ) -> None:
+        """One write, and what it may legally answer. durably: with O_DSYNC."""
         self.flight.writes.append((offset, data))
         self.model.about_to_write(offset, data)
-        error = await attempt(write(volume, offset, data))
+        error = await attempt(write(volume, offset, data, durably=durably))
         if error is None:
             assert not self.model.offline
-            self.model.written(offset, data)
+            self.model.written(offset, data, durably=durably)
         elif error.errno == errno.ENOSPC:
             assert self.tight
         else:
             assert error.errno == errno.ENODEV
             assert not volume.protection.is_online
+            if durably and acknowledged(self.rig, volume)[offset : offset + len(data)] == data:
+                self.model.written(offset, data)  # It was there, and then its flush was refused.
         self.flight.writes.remove((offset, data))
 
-    @rule(at=fractions, length=lengths)
-    def write_one(self, at: int, length: int) -> None:
+    @rule(at=fractions, length=lengths, durably=st.booleans())
+    def write_one(self, at: int, length: int, durably: bool) -> None:
         offset, length = self.place(at, length)
-        self.perform(self.do_write, offset, self.fresh(length))
+        self.perform(self.do_write, offset, self.fresh(length), durably)
 
     @rule(at=fractions, length=st.sampled_from([BLOCK, 5 * BLOCK, 1 << 20]))
     def wipe(self, at: int, length: int) -> None:
@@ -186,21 +190,27 @@ class VolumeMachine(RuleBasedStateMachine):
         offset, length = self.place(at if length < BLOCK else 0, length)
         self.perform(self.do_write, offset, self.fresh(length))
 
-    @rule(cuts=st.lists(fractions, min_size=3, max_size=6, unique=True), gaps=st.integers(0, 63))
-    def write_several_at_once(self, cuts: list[int], gaps: int) -> None:
-        """Neighbouring writes, several of them in one block, all in flight together."""
+    @rule(
+        cuts=st.lists(fractions, min_size=3, max_size=6, unique=True),
+        gaps=st.integers(0, 63),
+        durably=st.one_of(st.just(0), st.integers(0, 63)),
+    )
+    def write_several_at_once(self, cuts: list[int], gaps: int, durably: int) -> None:
+        """Neighbouring writes, several of them in one block, all in flight together, some of them
+        with O_DSYNC.
+        """
         size = len(self.model.content)
         bounds = sorted({cut * size >> 16 for cut in cuts} | {size})
         jobs = [
-            (start, self.fresh(end - start))
+            (start, self.fresh(end - start), bool(durably >> number & 1))
             for number, (start, end) in enumerate(itertools.pairwise(bounds))
             if not gaps >> number & 1
         ]
 
         async def all_of_them(volume: Volume) -> None:
             async with trio.open_nursery() as nursery:
-                for offset, data in jobs:
-                    nursery.start_soon(self.do_write, volume, offset, data)
+                for job in jobs:
+                    nursery.start_soon(self.do_write, volume, *job)
 
         self.perform(all_of_them)
 

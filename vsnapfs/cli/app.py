@@ -69,6 +69,9 @@ class Root(Group):
         """As click's, but failures look like ours and exit as the table above says."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        asked = os.environ.get(completion.VARIABLE)
+        if asked:
+            sys.exit(completion.answer(self, asked))
         sys.exit(self._run(args, prog_name, complete_var, extra))
 
     def _run(

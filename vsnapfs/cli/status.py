@@ -8,7 +8,7 @@ import click
 
 from vsnapfs.cli import status_text
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import complain, note, print_facts, print_json, print_table
+from vsnapfs.cli.output import complain, echo, note, print_facts, print_json, print_table
 from vsnapfs.cli.params import VolumeNameType, json_option
 from vsnapfs.cli.volumes import find_mount, find_volume, mounted
 from vsnapfs.errors import VsnapError
@@ -69,11 +69,11 @@ def _show(reports: list[dict[str, Any]]) -> None:
         _table(good)
     for report in good:
         if len(good) == 1:
-            click.echo(status_text.headline(report))
+            echo(status_text.headline(report))
             print_facts(status_text.facts(report))
         elif report.get("fault"):
-            click.echo()
-            click.echo(status_text.headline(report))
+            echo()
+            echo(status_text.headline(report))
         if report.get("fault"):
             print_facts(status_text.fault_facts(report))
     for report in reports:

@@ -84,7 +84,8 @@ class WriteBuffer:
         self.stuck: Exception | None = None
         self._to_preserve: deque[Record] = deque()
         self._to_overwrite: deque[Record] = deque()
-        self._acknowledged = 0
+        #: How many writes have been acknowledged, and carried out.
+        self.acknowledged = 0
         self._released = 0
         self._running = False
         self._arrived = trio.Event()
@@ -295,7 +296,7 @@ class WriteBuffer:
             for block in blocks[:entered]:
                 self._leave(block, -1)
             raise
-        self._acknowledged += 1
+        self.acknowledged += 1
 
     def _leave(self, block: int, which: int) -> None:
         """Forget the oldest (0) or newest (-1) record of a block."""
@@ -339,12 +340,14 @@ class WriteBuffer:
 
     # -- for whoever needs the replica as it was acknowledged -----------------------------------
 
-    async def drain(self) -> None:
+    async def drain(self, wanted: int | None = None) -> None:
         """Return when all that was acknowledged before the call is in the replica.
 
-        OSError if that cannot be: the volume is offline then.
+        wanted: what `acknowledged` was after a certain write, to wait for no later ones. OSError
+        if that cannot be: the volume is offline then.
         """
-        wanted = self._acknowledged
+        if wanted is None:
+            wanted = self.acknowledged
         while self._released < wanted:
             if self.stuck is not None:
                 text = f"acknowledged writes could not be carried out: {self.stuck}"
@@ -357,7 +360,7 @@ class WriteBuffer:
     async def try_again(self) -> None:
         """`online`, or an opening: carry out what is left, before anything else. OSError."""
         self.stuck = None
-        wanted = self._acknowledged
+        wanted = self.acknowledged
         with trio.CancelScope(shield=True):
             while self._released < wanted and self.stuck is None:
                 await self._step()

@@ -16,7 +16,7 @@ thread under one of these locks.
 from __future__ import annotations
 
 import errno
-import threading
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -115,6 +115,57 @@ class WriteGate:
             self._open.set()
 
 
+class _Round:
+    """One sync that is going to begin, and those who wait for it. errno: why it failed."""
+
+    __slots__ = ("done", "errno")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.errno: int | None = None
+
+
+class SharedSync:
+    """One sync for all who ask for one before it begins.
+
+    A sync covers what was written before it began, and nothing else. So whoever asks while one is
+    under way waits for the next, with all others who do: many writers with O_DSYNC, or many
+    flushes, cost one sync at a time and not one each. There is never more than one under way: Linux
+    tells one caller only that pages were lost, so that a second sync running beside a failing one
+    would answer that all is well.
+    """
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._sync = sync
+        self._one_at_a_time = trio.Lock()
+        self._next: _Round | None = None
+
+    async def __call__(self) -> None:
+        """Return when a sync that began after this call has succeeded. OSError if it failed.
+
+        The error itself reaches the one who led, so that it is told once; the others get another
+        with its errno.
+        """
+        if self._next is not None:
+            joined = self._next
+            await joined.done.wait()
+            if joined.errno is not None:
+                raise OSError(joined.errno, os.strerror(joined.errno))
+            return
+        # Shielded: a request that is given up must not leave those who joined without a leader.
+        with trio.CancelScope(shield=True):
+            led = self._next = _Round()
+            try:
+                async with self._one_at_a_time:
+                    self._next = None  # From here on it covers nobody else.
+                    await in_thread(self._sync)
+            except BaseException as error:
+                led.errno = getattr(error, "errno", None) or errno.EIO
+                raise
+            finally:
+                led.done.set()
+
+
 @dataclass(eq=False)
 class Core:
     """See the module's note. Sizes in bytes; `size` is the replica's."""
@@ -151,7 +202,10 @@ class Core:
     dry_run: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
-    _replica_syncing: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        #: The one way to sync the replica.
+        self.flush_replica = SharedSync(lambda: self.sync_replica())  # noqa: PLW0108 - tests patch it
 
     @property
     def points(self) -> tuple[RecoveryPoint, ...]:
@@ -176,17 +230,15 @@ class Core:
     def sync_replica(self) -> None:
         """Make the replica durable; in a worker thread. OSError, then for every later call, too.
 
-        One sync at a time: Linux tells one caller only that pages were lost, so that a second
-        sync running beside a failing one would answer that all is well.
+        Only for `flush_replica`, which sees to it that there is one at a time.
         """
-        with self._replica_syncing:
-            if self.replica_failed:
-                raise OSError(errno.EIO, "an earlier sync of the replica failed")
-            try:
-                self.replica.sync()
-            except OSError as error:
-                self.replica_failed, self.replica_error = True, error
-                raise
+        if self.replica_failed:
+            raise OSError(errno.EIO, "an earlier sync of the replica failed")
+        try:
+            self.replica.sync()
+        except OSError as error:
+            self.replica_failed, self.replica_error = True, error
+            raise
 
     async def commit(self, **changes: Any) -> None:
         """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""

@@ -235,6 +235,7 @@ def _signature(path: Path) -> str:
             [blkid, "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", str(path)],
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if found.stdout.strip():

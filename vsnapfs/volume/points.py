@@ -170,7 +170,7 @@ class Points:
     async def _sync_replica(self) -> None:
         await self.drained("creating a recovery point")
         try:
-            await in_thread(self._core.sync_replica)
+            await self._core.flush_replica()
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             self._protection.require_online("creating a recovery point")

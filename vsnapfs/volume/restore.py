@@ -196,7 +196,7 @@ class Restore:
             await in_thread(self._overwrite, area, number, blocks)
             progress("restore", (start + len(blocks)) * core.block_size, total)
         try:
-            await in_thread(core.sync_replica)
+            await core.flush_replica()
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             raise VsnapError(

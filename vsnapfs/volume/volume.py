@@ -29,7 +29,7 @@ from .account import Account, state_problem
 from .adoption import CLOSED
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
-from .handles import PointHandle, ReplicaHandle
+from .handles import PointHandle, ReplicaHandle, SynchronousHandle
 from .onlookers import Onlookers
 from .opening import Opened, check_replica, close_files, open_files
 from .overlay import NoLog
@@ -395,7 +395,7 @@ class Volume:
         if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
             return
         try:
-            await in_thread(core.sync_replica)
+            await core.flush_replica()
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
@@ -410,14 +410,17 @@ class Volume:
 
     # -- handles --------------------------------------------------------------------------------
 
-    def open_replica(self) -> ReplicaHandle:
-        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored)."""
+    def open_replica(self, *, synchronous: bool = False) -> ReplicaHandle:
+        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored).
+
+        synchronous: as with O_SYNC or O_DSYNC, each write is durable before it is answered.
+        """
         if not self.protection.is_online:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         area = self.core.area
         if self.protection.restoring or (area is not None and area.superblock.restoring):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        return ReplicaHandle(self)
+        return SynchronousHandle(self) if synchronous else ReplicaHandle(self)
 
     def open_point(self, number: int) -> PointHandle:
         """A handle on recovery point `number`. OSError ENOENT."""

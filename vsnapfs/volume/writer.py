@@ -74,15 +74,16 @@ class Writer:
         self._open_batch: Batch | None = None
         self._on_the_way: dict[int, Batch] = {}
 
-    async def write(self, session: int, offset: int, data: Bytes) -> None:
+    async def write(self, session: int, offset: int, data: Bytes) -> int:
         """Write `data` at `offset`, all of it inside the replica.
 
+        Returns how far the buffer must be drained until it lies there: 0 if it does already.
         OSError: ENODEV (offline, or a handle from before a fault), ENOSPC or EIO of the replica.
         On any error but the replica's own EIO no byte has moved.
         """
         core, protection, gate = self._core, self._protection, self._core.gate
         if not data:
-            return
+            return 0
         while gate.closed and session == protection.session:
             await gate.wait_open()
         if session != protection.session or not protection.is_online:
@@ -99,7 +100,7 @@ class Writer:
                 if missing or self._buffer.pending:
                     way = await self._take_way(session, offset, data, first, last, missing)
                     if way is _ACKNOWLEDGED:
-                        return
+                        return self._buffer.acknowledged
                     if way is _LOOK_AGAIN:
                         continue
                 holes = core.no_holes.missing(first, last)
@@ -114,6 +115,7 @@ class Writer:
             except OSError as error:
                 self._replica_error("write", offset, len(data), error)
                 raise
+            return 0
         finally:
             gate.leave()
 
