@@ -71,7 +71,9 @@ class Backend:
     loops: dict[Path, list[str]] = field(default_factory=dict)
     done: list[Any] = field(default_factory=list)
 
-    def call(self, directory: Path, op: str, *, progress: Any = None, **params: Any) -> Any:
+    def call(
+        self, directory: Path, op: str, *, progress: Any = None, say: Any = None, **params: Any
+    ) -> Any:
         self.calls.append((directory, op, params))
         answer = self.answers[op]
         if isinstance(answer, BaseException):
@@ -100,7 +102,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
             "loop_devices": lambda mountpoint: made.loops.get(mountpoint, []),
             "attach_loop": lambda file: made.done.append(("attach", file)) or "/dev/loop7",
             "detach_loop": lambda device: made.done.append(("detach", device)),
-            "unmount": lambda mount: made.done.append(("unmount", mount.mountpoint)),
+            "unmount": lambda mount, say=None: made.done.append(("unmount", mount.mountpoint)),
         },
         "server": {
             "spawn": lambda *a, **k: made.done.append(("spawn", a, k)) or 4711,

@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from vsnapfs.beginning import begin
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.events import EventLog
 
@@ -102,6 +103,10 @@ class FakeVolume:
         self.closed = 0
         self.running = trio.Event()
         self.slow: trio.Event | None = None
+        #: While it is set to an event, operations wait for that before they begin.
+        self.queue: trio.Event | None = None
+        self.in_queue = 0
+        self.waits = ""
         self.ended: list[str] = []
         self.warnings: list[str] = []
         self._stop = trio.Event()
@@ -112,7 +117,20 @@ class FakeVolume:
         await self._stop.wait()
         self.ended.append("run")
 
-    async def close(self) -> None:
+    async def _turn(self) -> None:
+        if self.queue is not None:
+            self.in_queue += 1
+            try:
+                await self.queue.wait()
+            finally:
+                self.in_queue -= 1
+        begin()
+
+    def waits_for(self, *, host_only: bool = False) -> str:
+        return "" if host_only else self.waits
+
+    async def close(self, before_unlocking: Callable[[], None] = lambda: None) -> None:
+        before_unlocking()
         if self.closed == 0:
             await trio.lowlevel.checkpoint()
             self.ended.append("close")
@@ -156,6 +174,7 @@ class FakeVolume:
         self.changed()
 
     async def create_point(self, label: str | None = None) -> FakePoint:
+        await self._turn()
         number = max((p.number for p in self.points), default=0) + 1
         self.add_point(number, NOON + number * 10**9, label or "")
         return self.points[-1]
@@ -163,6 +182,7 @@ class FakeVolume:
     async def delete_point(self, number: int, *, force: bool = False) -> None:
         if not force and any(h.number == number and not h.closed for h in self.handles):
             raise BusyError(f"recovery point {number} is open")
+        await self._turn()
         self.points = tuple(p for p in self.points if p.number != number)
         del self.images[number]
         self.changed()
@@ -171,6 +191,7 @@ class FakeVolume:
         self, number: int, *, force: bool = False, progress: Progress | None = None
     ) -> None:
         try:
+            await self._turn()
             if progress is not None:
                 progress("restore", 1, 2)
             if self.slow is not None:
@@ -180,13 +201,16 @@ class FakeVolume:
             self.ended.append("restore")
 
     async def resize(self, total: int, *, progress: Progress | None = None) -> None:
+        await self._turn()
         self.maximum = total
 
     async def go_offline(self) -> None:
+        await self._turn()
         self.online_state = False
         self.changed()
 
     async def online(self, *, give_up_recovery_points: bool = False) -> list[str]:
+        await self._turn()
         self.online_state = True
         return ["it may fault again"] if not give_up_recovery_points else []
 

@@ -156,5 +156,5 @@ def umount(volume: str) -> None:
             f"{shown(found.volume)} is attached as {', '.join(devices)}",
             hint=f"Unmount what is on it, then: vsnapfs detach {shown(found.volume)}",
         )
-    mounts.unmount(found)
+    mounts.unmount(found, say=note)
     note(f"{shown(found.volume)} is unmounted.")

@@ -41,7 +41,7 @@ def create(volume: Path, label: str | None) -> None:
     """
     from vsnapfs.daemon import client
 
-    point = client.call(volume, "rp_create", label=label)
+    point = client.call(volume, "rp_create", label=label, say=note)
     echo(str(point["number"]))
 
 
@@ -87,7 +87,7 @@ def delete(volume: Path, point: str, force: bool) -> None:
     """
     from vsnapfs.daemon import client
 
-    deleted = client.call(volume, "rp_delete", point=point, force=force)
+    deleted = client.call(volume, "rp_delete", point=point, force=force, say=note)
     note(f"Recovery point {deleted['number']} of {shown(volume)} is deleted.")
 
 
@@ -139,5 +139,7 @@ def restore(volume: Path, point: str, force: bool) -> None:
 
     note(f"Restoring the replica of {shown(volume)} to recovery point {point}.")
     with progress("restore") as report:
-        restored = client.call(volume, "rp_restore", progress=report, point=point, force=force)
+        restored = client.call(
+            volume, "rp_restore", progress=report, say=note, point=point, force=force
+        )
     note(f"The replica of {shown(volume)} now equals recovery point {restored['number']}.")

@@ -34,7 +34,7 @@ def resize(volume: Path, total: int) -> None:
     from vsnapfs.daemon import client
 
     with progress("resize") as report:
-        client.call(volume, "resize", progress=report, total=total)
+        client.call(volume, "resize", progress=report, say=note, total=total)
     after = client.call(volume, "status")
     echo(f"{shown(volume)}: diff area {sizes(after['diff_area'])}")
     if after.get("state") == "offline":
@@ -54,7 +54,7 @@ def offline(volume: Path) -> None:
     """
     from vsnapfs.daemon import client
 
-    client.call(volume, "offline")
+    client.call(volume, "offline", say=note)
     note(f"{shown(volume)} is offline. Its recovery points stay readable.")
 
 
@@ -85,7 +85,7 @@ def online(volume: Path, give_up: bool, yes: bool) -> None:
         )
     from vsnapfs.daemon import client
 
-    warnings = client.call(volume, "online", give_up_recovery_points=give_up)
+    warnings = client.call(volume, "online", give_up_recovery_points=give_up, say=note)
     for warning in warnings or []:
         warn(warning)
     note(f"{shown(volume)} is online. What was open before it went offline must be opened anew.")

@@ -32,7 +32,9 @@ def repair(ctx: click.Context, volume: Path, dry_run: bool, as_json: bool) -> No
     from vsnapfs.daemon import client
 
     with progress("repair") as report:
-        result: dict[str, Any] = client.call(volume, "repair", progress=report, dry_run=dry_run)
+        result: dict[str, Any] = client.call(
+            volume, "repair", progress=report, say=note, dry_run=dry_run
+        )
     if as_json:
         print_json(result)
     else:

@@ -15,6 +15,10 @@ from vsnapfs.config import shown
 from vsnapfs.errors import FaultCode
 from vsnapfs.units import format_size
 
+# As many operations in the queue as are named; seconds from which a wait is worth a line.
+_NAMED = 5
+_LONG = 2.0
+
 _MAKE_ROOM = (
     "Make room: vsnapfs resize {v} --diff-area-size TOTAL   (a total above {maximum})",
     "       or: vsnapfs recovery-point delete {v} oldest",
@@ -121,6 +125,7 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         listed.append(("requests", _requests(status["fuse"])))
     if status.get("restoring"):
         listed.append(("restoring", "yes: the replica cannot be opened until it is done"))
+    listed += _operations(status.get("operations") or {})
     if status.get("dead_mount"):
         place = status["dead_mount"]
         remedy = f"to clean up: vsnapfs umount {typed(place)}"
@@ -132,6 +137,29 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status.get("state") == "offline" and not status.get("fault"):
         listed.append(("next", f"vsnapfs online {typed(status['volume'])}"))
     return listed
+
+
+def _operations(operations: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is under way, who waits for it, and what the volume waits for on its host."""
+    running, waiting = operations.get("running"), operations.get("waiting") or []
+    listed = []
+    if running:
+        begun = "" if running.get("begun") else ", not begun yet"
+        listed.append(("under way", f"{_timed(running)}{begun}"))
+    if waiting:
+        more = [f"and {len(waiting) - _NAMED} more"] if len(waiting) > _NAMED else []
+        listed.append(("in the queue", "\n".join([*map(_timed, waiting[:_NAMED]), *more])))
+    # What has only just begun to be waited for is everyday work.
+    waits = [w for w in operations.get("waits_for") or [] if w.get("seconds", 0) >= _LONG]
+    if waits:
+        listed.append(("WAITS FOR", "\n".join(dict.fromkeys(map(_timed, waits)))))
+    return listed
+
+
+def _timed(entry: dict[str, Any]) -> str:
+    seconds = entry.get("seconds")
+    lasting = f", for {seconds:.0f} s" if isinstance(seconds, int | float) else ""
+    return f"{entry.get('what', '?')}, since {str(entry.get('since', '?'))[:19]}Z{lasting}"
 
 
 def _buffer(status: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import echo, print_facts, print_json, progress
+from vsnapfs.cli.output import echo, note, print_facts, print_json, progress
 from vsnapfs.cli.params import json_option, volume_argument
 from vsnapfs.config import shown
 
@@ -31,7 +31,7 @@ def verify(ctx: click.Context, volume: Path, as_json: bool) -> None:
     from vsnapfs.daemon import client
 
     with progress("verify") as report:
-        result: dict[str, Any] = client.call(volume, "verify", progress=report)
+        result: dict[str, Any] = client.call(volume, "verify", progress=report, say=note)
     if as_json:
         print_json(result)
     else:

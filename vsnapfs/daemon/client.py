@@ -5,30 +5,34 @@ socket; if none does, the volume is opened here under the same lock and the same
 this process. Both can change between two looks, so the way is looked for anew until one holds.
 
 Promises: an operation is begun at most once; a server that stops answering is an error after 30 s,
-not a hang; what leaves `call` is the operation's VsnapError, whichever way it came.
+not a hang; what leaves `call` is the operation's VsnapError, whichever way it came. Whoever gives
+up (Ctrl-C, those 30 s) is told whether the operation had begun: if not, it is never carried out.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import stat
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from vsnapfs import openers
+from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
-from vsnapfs.daemon.control import encode, open_directory
-from vsnapfs.daemon.operations import OPERATIONS, Progress
+from vsnapfs.daemon.control import open_directory
+from vsnapfs.daemon.interruption import CtrlC, interrupted
+from vsnapfs.daemon.operations import OPERATIONS, Operation, Progress
 from vsnapfs.daemon.process import run_trio
+from vsnapfs.daemon.talk import NOT_BEGUN, Talk
 from vsnapfs.errors import VsnapError
 
 if TYPE_CHECKING:
@@ -39,11 +43,20 @@ _SILENCE_SECONDS = 30.0
 # How long a lock may be held by somebody who does not answer: a server that is opening or closing
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
-_SERVER_ONLY = ("stop",)
 # What needs nothing but the recovery points, which a volume that must stay closed still has.
 _LOOKING = ("status", "rp_list", "rp_resolve", "verify")
+
+
+async def _only_a_server(_volume: Volume, _progress: Progress) -> None:
+    raise NotImplementedError
+
+
+_SERVER_ONLY = {"stop": Operation("stop", _only_a_server, gerund="unmounting the volume")}
 # No answer comes near: verify's with a million problems has some 200 MB.
 _LONGEST_ANSWER = 1 << 30
+
+Say = Callable[[str], None]
+"""say(sentence): what the user may want to know while he waits."""
 
 
 class _NotServed(Exception):
@@ -59,29 +72,54 @@ class _Locked(Exception):
 
 
 def call(
-    directory: str | os.PathLike[str], op: str, *, progress: Progress | None = None, **params: Any
+    directory: str | os.PathLike[str],
+    op: str,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    **params: Any,
 ) -> Any:
     """Carry out `op` on the volume in `directory` and return its result (plain JSON).
 
-    progress(phase, done, total): called now and then by long operations, bytes.
+    progress(phase, done, total): called now and then by long operations, bytes. say(sentence):
+    what the operation waits for, if it does for long.
     VsnapError: the operation's own; code "not-mounted" for `stop` when nobody serves; "busy" when
-    another process holds the volume without serving it; "no-answer", "server-gone".
+    another process holds the volume without serving it; "no-answer", "server-gone"; "interrupted"
+    after Ctrl-C, KeyboardInterrupt for what only looks.
     """
     folder = Path(os.path.realpath(directory))
     give_up = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            return _ask(folder, op, params, progress)
-        except _NotServed:
-            pass
-        if op in _SERVER_ONLY:
-            raise VsnapError(f"{shown(folder)} is not mounted", code="not-mounted")
-        try:
-            return _do(folder, op, params, progress)
-        except _Locked as locked:
-            if time.monotonic() > give_up:
-                raise with_holder(locked.reason, folder) from None
-        time.sleep(0.1)
+    request = _Request(_SERVER_ONLY.get(op) or OPERATIONS[op], params, progress, say or _silent)
+    with CtrlC() as ctrl_c:
+        while True:
+            try:
+                return _ask(folder, request, ctrl_c)
+            except _NotServed:
+                pass
+            if ctrl_c.count:
+                raise interrupted(request.operation, NOT_BEGUN)
+            if op in _SERVER_ONLY:
+                raise VsnapError(f"{shown(folder)} is not mounted", code="not-mounted")
+            try:
+                return _do(folder, request, ctrl_c)
+            except _Locked as locked:
+                if time.monotonic() > give_up:
+                    raise with_holder(locked.reason, folder) from None
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, and who wants to know how it goes."""
+
+    operation: Operation
+    params: Mapping[str, Any]
+    progress: Progress | None
+    say: Say
+
+
+def _silent(_sentence: str) -> None:
+    """Nobody wants to know."""
 
 
 def is_served(directory: str | os.PathLike[str]) -> bool:
@@ -183,39 +221,47 @@ def _peer_pid(connection: socket.socket) -> int | None:
     return _peer(connection)[0] or None
 
 
-def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
+def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
+    op = request.operation.name
     with _connect(folder, timeout=_SILENCE_SECONDS) as connection:
-        accepted = False
+        talk = Talk(connection, _LONGEST_ANSWER)
+        pid = _peer_pid(connection)
         try:
-            connection.sendall(encode({"op": op, "params": params}))
-            with connection.makefile("rb") as answers:
-                while line := answers.readline(_LONGEST_ANSWER):
-                    answer = _understand(line)
+            with ctrl_c.reacting(talk.hang_up):
+                talk.request(op, request.params)
+                for answer in talk.answers():
                     if "result" in answer:
                         return answer["result"]
                     if "error" in answer:
-                        error = VsnapError.from_json(answer["error"])
-                        if error.code == "closing" and not accepted:
-                            raise _NotServed
-                        raise error
-                    accepted = accepted or "accepted" in answer
-                    if progress is not None and answer.get("progress"):
-                        progress(*answer["progress"])
+                        raise _refused(answer, talk)
+                    if answer.get("progress") and request.progress is not None:
+                        request.progress(*answer["progress"])
+                    if answer.get("waiting"):
+                        request.say(f"Waiting for: {answer['waiting']}")
         except TimeoutError:
+            talk.hang_up()
+            talk.read_out()
             raise VsnapError(
-                f"the process that serves {shown(folder)} ({_peer_pid(connection)}) does not"
+                f"the process that serves {shown(folder)} ({pid}) does not"
                 f" answer for {_SILENCE_SECONDS:.0f} s",
+                hint=""
+                if request.operation.interruptible
+                else f"{request.operation.gerund.capitalize()} {talk.fate(pid)}.",
                 errno=110,
                 code="no-answer",
             ) from None
-        except ConnectionError as error:
-            if not accepted:
-                raise _NotServed from error
+        except ConnectionError:
+            pass  # as good as its end
         except ValueError as error:
-            raise VsnapError(
-                f"what answers for {shown(folder)} does not speak our protocol", code="protocol"
-            ) from error
-    if not accepted:
+            if not ctrl_c.count:  # otherwise it is our own hanging up that has cut a line short
+                raise VsnapError(
+                    f"what answers for {shown(folder)} does not speak our protocol", code="protocol"
+                ) from error
+    if ctrl_c.count:
+        hint = f"'vsnapfs status {shown(folder)}' shows it." if talk.accepted else ""
+        fate = talk.fate(pid)
+        raise interrupted(request.operation, fate, hint if fate is not NOT_BEGUN else "")
+    if not talk.accepted or (talk.tells_begin and not talk.begun):
         raise _NotServed
     raise VsnapError(
         f"the process that serves {shown(folder)} ended during {op}",
@@ -224,41 +270,63 @@ def _ask(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | 
     )
 
 
-def _understand(line: bytes) -> dict[str, Any]:
-    """One answer. ValueError if it is none; whoever answers may be anybody's program."""
-    try:
-        answer = json.loads(line)
-    except RecursionError:
-        raise ValueError("it nests too deeply") from None
-    if not isinstance(answer, dict) or not isinstance(answer.get("error", {}), dict):
-        raise ValueError("an answer is an object")  # noqa: TRY004 - it is the value of a line
-    told = answer.get("progress")
-    if told and not (
-        isinstance(told, list)
-        and [type(part) for part in told] == [str, int, int]
-        and all(0 <= part < 2**63 for part in told[1:])
-    ):
-        raise ValueError("progress is a phase and two numbers of bytes")
-    return answer
+def _refused(answer: dict[str, Any], talk: Talk) -> Exception:
+    error = VsnapError.from_json(answer["error"])
+    if error.code == "closing" and (not talk.accepted or answer.get("begun") is False):
+        return _NotServed()
+    return error
 
 
 # ---- directly -----------------------------------------------------------------------------------
 
 
-def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | None) -> Any:
-    operation = OPERATIONS[op]
+class _Here:
+    """One operation on a volume that is opened in this process."""
 
-    # Opening alone may repair something already.
-    dry_run = params.get("dry_run") is True
+    def __init__(self, folder: Path, request: _Request, ctrl_c: CtrlC) -> None:
+        self._folder = folder
+        self._request = request
+        self._ctrl_c = ctrl_c
+        self._scope = trio.CancelScope()
+        self._begun = False
 
-    async def main() -> Any:
-        look_only = operation.name in _LOOKING
-        volume = await _open_here(folder, dry_run=dry_run, look_only=look_only)
+    async def main(self) -> Any:
+        """Open, carry out, close. Whatever is interrupted, it is closed."""
+        token = trio.lowlevel.current_trio_token()
+        # From the handler into the loop, where nothing else is under way just then.
+        with self._ctrl_c.reacting(lambda: token.run_sync_soon(self._interrupt)):
+            volume = None
+            with self._until_interrupted():
+                # Opening alone may repair something already.
+                dry_run = self._request.params.get("dry_run") is True
+                look_only = self._request.operation.name in _LOOKING
+                volume = await _open_here(self._folder, dry_run=dry_run, look_only=look_only)
+            if volume is None:
+                raise self._interrupted()
+            return await self._carry_out(volume)
+
+    def _until_interrupted(self) -> trio.CancelScope:
+        self._scope = trio.CancelScope()
+        if self._ctrl_c.count:
+            self._scope.cancel()
+        return self._scope
+
+    async def _carry_out(self, volume: Volume) -> Any:
+        request = self._request
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(volume.run)
                 try:
-                    return await operation(volume, params, progress)
+                    with self._until_interrupted():
+                        await nursery.start(volume.run)
+                        with asked_by(self._may_begin):
+                            result = await request.operation(
+                                volume, request.params, request.progress
+                            )
+                        if not (self._ctrl_c.count and self._begun):
+                            return result
+                    raise self._interrupted()
+                except Abandoned:
+                    raise self._interrupted() from None
                 finally:
                     # While `run` still runs: closing finishes what it does, and ends it.
                     await _close(volume)
@@ -266,8 +334,30 @@ def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | N
         finally:
             await _close(volume)  # once more does no harm; `run` may not have started
 
-    result = run_trio(main)
-    if op == "status":
+    def _may_begin(self) -> bool:
+        self._begun = not self._ctrl_c.count
+        return self._begun
+
+    def _interrupt(self) -> None:
+        if not self._begun or self._ctrl_c.count > 1:
+            self._scope.cancel()
+            return
+        what = self._request.operation.gerund
+        self._request.say(f"{what} has begun and is finished first. Ctrl-C again breaks it off.")
+
+    def _interrupted(self) -> BaseException:
+        operation = self._request.operation
+        if not self._begun:
+            return interrupted(operation, NOT_BEGUN)
+        if self._ctrl_c.count == 1:
+            return interrupted(operation, "had begun and was carried out")
+        hint = f"'vsnapfs status {shown(self._folder)}' shows how the volume is now."
+        return interrupted(operation, "was broken off", hint)
+
+
+def _do(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
+    result = run_trio(_Here(folder, request, ctrl_c).main)
+    if request.operation.name == "status":
         # This process is not serving anything, and is gone when the answer is read.
         result |= {"pid": None, "mountpoint": None}
     return result

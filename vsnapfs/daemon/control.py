@@ -3,19 +3,26 @@
 Protocol: a stream socket `control.sock` in the volume directory; every message is one line of JSON.
 
     →  {"op": "rp_create", "params": {"label": "before-upgrade"}}
-    ←  {"accepted": "rp_create"}             from here on the operation has begun
+    ←  {"accepted": "rp_create", "begins": true}       it is in the queue; nothing has changed yet
+    ←  {"waiting": "restoring recovery point 3 (since 07:20:00Z)"}     what for; now and then
+    ←  {"begun": true}                       from here on it runs to its end, whoever leaves
     ←  {"progress": ["restore", 1048576, 10485760]}      any number of times, bytes
     ←  {"alive": true}                       at least every 5 s, so silence means trouble
     ←  {"result": …}   or   {"error": {"message", "hint", "code", "exit_code", "errno"}}
 
-A connection may ask again after an answer. Unknown keys of an answer are to be ignored.
+A connection may ask again after an answer. Unknown keys of an answer are to be ignored. "begins"
+promises that "begun" is told before anything is changed; operations that only look have neither.
+Beside an error "begun": false says that nothing was done.
 
 Promises: only root and the server's own user are answered; a request is at most 64 KiB; nothing a
 client does or fails to do (silence, nonsense, half a line, not reading, going away) disturbs
-another client or the mount. An operation that changes something runs to its end even if its client
-has left; one that only looks is ended.
+another client or the mount. An operation whose client goes before it has begun is never carried
+out; one that has begun runs to its end; one that only looks is ended. `status` and `stop` are
+always answered, whatever number of connections is held (see `clients`) and even while the host
+hangs so that this thread stands still (see `standby`).
 
-Leaves the operations to `operations`, and what stopping means to `lifecycle`.
+Leaves the operations to `operations`, the moment they begin to `jobs`, and what stopping means to
+`lifecycle`.
 """
 
 from __future__ import annotations
@@ -24,17 +31,20 @@ import json
 import logging
 import os
 import socket
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME
+from vsnapfs.daemon.clients import ALWAYS, MAX_STOPS, Client, Clients, may_ask, too_many
+from vsnapfs.daemon.jobs import Job, gone
 from vsnapfs.daemon.operations import Operation
 from vsnapfs.daemon.process import leading
-from vsnapfs.errors import UsageError, VsnapError
+from vsnapfs.daemon.standby import Standby
+from vsnapfs.errors import BusyError, UsageError, VsnapError
 
 if TYPE_CHECKING:
     from vsnapfs.volume import Volume
@@ -42,13 +52,15 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("vsnapfs.daemon")
 
 MAX_REQUEST = 64 * 1024
-MAX_CONNECTIONS = 64
 IDLE_SECONDS = 30.0  # from an answer (or the connection) to the next complete request
 SEND_SECONDS = 10.0  # for a client to take one message
 ALIVE_SECONDS = 5.0
+WAITING_SECONDS = 1.0  # so often it is looked what an operation waits for
 PROGRESS_SECONDS = 0.1
 # How long operations that change something may go on once the mount has ended.
 FINISH_SECONDS = 60.0
+# Connections that are not accepted yet. The kernel allows as many as net.core.somaxconn says.
+_BACKLOG = 4096
 
 
 def open_directory(directory: Path) -> int:
@@ -66,21 +78,6 @@ def encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, ensure_ascii=True).encode("ascii") + b"\n"
 
 
-class _Job:
-    """An operation under way: what the connection needs to know of it."""
-
-    def __init__(self, operation: Operation) -> None:
-        self.operation = operation
-        self.scope = trio.CancelScope()
-        self.done = trio.Event()
-        self.answer: dict[str, Any] = {}
-        self.latest: tuple[str, int, int] | None = None
-
-    def report(self, phase: str, done: int, total: int) -> None:
-        """The progress callback; one assignment, so any thread may call it."""
-        self.latest = (phase, done, total)
-
-
 class ControlServer:
     """Answers on the volume's control socket.
 
@@ -95,11 +92,13 @@ class ControlServer:
         self._operations = operations
         self._socket: socket.socket | None = None
         self._file: tuple[int, int] | None = None  # device, inode of our socket file
-        self._jobs: set[_Job] = set()
+        self._jobs: set[Job] = set()
         self._busy = 0  # connections that are owed an answer
-        self._connections = 0
+        self._clients = Clients(encode({"error": too_many().to_json()}))
         self._closing = False
         self._delivered = trio.Event()
+        #: What `status` says, for when the loop cannot be asked; reads memory only, in any thread.
+        self.status: Callable[[], dict[str, Any]] = volume.status
 
     # ---- the socket ----------------------------------------------------------------------------
 
@@ -117,7 +116,7 @@ class ControlServer:
                 # On Linux the mode of an unbound socket becomes that of the file, from the start.
                 os.fchmod(listener.fileno(), 0o600)
                 listener.bind(address)
-                listener.listen(MAX_CONNECTIONS)
+                listener.listen(_BACKLOG)
                 found = os.stat(address)
             except OSError:
                 listener.close()
@@ -150,32 +149,41 @@ class ControlServer:
         finally:
             os.close(folder)
 
+    def _status_now(self) -> dict[str, Any]:
+        return self.status()
+
     async def serve(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Accept and answer until cancelled. Start it with `nursery.start`."""
         assert self._socket is not None, "listen first"
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._socket))
+        standby = Standby(self._socket, self._status_now)
         self._socket = None
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            # Accepting survives a shortage of descriptors; trio sees to that.
-            await trio.serve_listeners(self._connection, [listener])
+        standby.start(trio.lowlevel.current_trio_token())
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                # Accepting survives a shortage of descriptors; trio sees to that.
+                await trio.serve_listeners(self._connection, [listener])
+        finally:
+            standby.stop()
 
     # ---- the end -------------------------------------------------------------------------------
 
     async def finish_operations(self) -> None:
-        """Begin nothing more; end what only looks, and wait for what changes something."""
+        """Begin nothing more, and wait for what has begun.
+
+        What only looks is ended; what has not begun is dropped, and its client told so.
+        """
         self._closing = True
-        for job in self._jobs:
-            if job.operation.interruptible:
-                job.scope.cancel()
+        jobs = [job for job in self._jobs if job.operation.name not in ALWAYS]
+        for job in jobs:
+            job.drop()
         with trio.move_on_after(FINISH_SECONDS):
-            for job in list(self._jobs):
-                if job.operation.name != "stop":
-                    await job.done.wait()
-        for job in self._jobs:
-            if job.operation.name != "stop":
-                job.scope.cancel()
+            for job in jobs:
+                await job.done.wait()
+        for job in jobs:
+            job.scope.cancel()
 
     async def deliver(self, seconds: float = 2.0) -> None:
         """Wait until every answer that is owed has been sent, but not longer than `seconds`."""
@@ -187,40 +195,44 @@ class ControlServer:
     # ---- one connection ------------------------------------------------------------------------
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        self._connections += 1
+        client = Client(stream)
         try:
-            refusal = self._refusal(stream)
+            refusal = self._refusal(client)
             if refusal is not None:
                 await self._send(stream, {"error": refusal.to_json()})
                 return
-            buffer = bytearray()
-            while (line := await self._request(stream, buffer)) is not None:
-                self._busy += 1
-                try:
-                    await self._answer(stream, line)
-                finally:
-                    self._busy -= 1
-                    self._delivered.set()
+            with client.scope:
+                await self._serve(client)
         except (trio.BrokenResourceError, trio.TooSlowError):
             pass  # it went away, or does not read: its own affair
         except Exception as exc:  # noqa: BLE001 - one client's trouble must not end the others
             self._unexpected("the control socket", exc)
         finally:
-            self._connections -= 1
+            self._clients.leave(client)
             await trio.aclose_forcefully(stream)
 
-    def _refusal(self, stream: trio.SocketStream) -> VsnapError | None:
-        """Why this client is not served, if so."""
-        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        uid = struct.unpack("3i", raw)[1]
-        if uid not in (0, os.geteuid()):
-            return VsnapError("this volume belongs to another user", errno=13, code="not-allowed")
-        if self._connections > MAX_CONNECTIONS:
-            return VsnapError("too many clients at once", errno=16, code="too-many")
-        return None
+    async def _serve(self, client: Client) -> None:
+        while (line := await self._request(client)) is not None:
+            client.quiet_since = None
+            self._busy += 1
+            try:
+                await self._answer(client, line)
+            finally:
+                self._busy -= 1
+                self._delivered.set()
+            if client.is_guest:
+                return
+            client.quiet_since = trio.current_time()
 
-    async def _request(self, stream: trio.SocketStream, buffer: bytearray) -> bytes | None:
+    def _refusal(self, client: Client) -> VsnapError | None:
+        """Why this client is not served, if so. One that may speak is counted in."""
+        if not may_ask(client.stream.socket):
+            return VsnapError("this volume belongs to another user", errno=13, code="not-allowed")
+        return None if self._clients.admit(client) else too_many()
+
+    async def _request(self, client: Client) -> bytes | None:
         """The next line; None when the client has nothing more to say, or says it too slowly."""
+        stream, buffer = client.stream, client.buffer
         with trio.move_on_after(IDLE_SECONDS):
             ended = False
             while b"\n" not in buffer and not ended:
@@ -245,25 +257,33 @@ class ControlServer:
         with trio.fail_after(SEND_SECONDS):
             await stream.send_all(encode(message))
 
-    async def _answer(self, stream: trio.SocketStream, line: bytes) -> None:
+    async def _answer(self, client: Client, line: bytes) -> None:
+        stream = client.stream
         try:
-            operation, params = self._understand(line)
+            operation, params = self._understand(client, line)
         except VsnapError as error:
             await self._send(stream, {"error": error.to_json()})
             return
-        await self._send(stream, {"accepted": operation.name})
-        job = _Job(operation)
+        accepted: dict[str, Any] = {"accepted": operation.name}
+        if not operation.interruptible:
+            accepted["begins"] = True
+        await self._send(stream, accepted)
+        with trio.fail_after(SEND_SECONDS):
+            # What it has not read yet must not keep "begun" from it.
+            await trio.lowlevel.wait_writable(client.socket)
+        if self._closing and operation.name not in ALWAYS:
+            await self._send(stream, {"error": _closing().to_json(), "begun": False})
+            return
+        job = Job(operation, client.socket)
         self._jobs.add(job)
-        # Not a child of this connection: it outlives a client that leaves.
+        # Not a child of this connection: once it has begun it outlives a client that leaves.
         self._nursery.start_soon(self._perform, job, params)
         try:
             await self._follow(stream, job)
-        except (trio.BrokenResourceError, trio.TooSlowError):
-            if operation.interruptible:
-                job.scope.cancel()
-            raise
+        finally:
+            job.client_is_gone()  # or has its answer
 
-    def _understand(self, line: bytes) -> tuple[Operation, dict[str, Any]]:
+    def _understand(self, client: Client, line: bytes) -> tuple[Operation, dict[str, Any]]:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -278,41 +298,97 @@ class ControlServer:
         operation = self._operations.get(request["op"])
         if operation is None:
             raise UsageError(f"no operation is called {request['op'][:80]!r}", code="protocol")
-        if self._closing and operation.name != "stop":
-            raise _closing()
+        if operation.name not in ALWAYS:
+            if self._closing:
+                raise _closing()
+            if client.is_guest:
+                raise too_many()
+        stops = sum(job.operation.name == "stop" for job in self._jobs)
+        if operation.name == "stop" and stops >= MAX_STOPS:
+            words = self._volume.waits_for()
+            raise BusyError(
+                f"{stops} clients wait already for this volume to be unmounted",
+                hint=f"It waits for {words}." if words else "",
+            )
         return operation, params
 
-    async def _follow(self, stream: trio.SocketStream, job: _Job) -> None:
-        """Send progress and signs of life until the job is done, then its answer."""
+    async def _follow(self, stream: trio.SocketStream, job: Job) -> None:
+        """Tell the client how it goes until it has its answer. BrokenResourceError if it goes."""
+        left = False
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal left
+                await gone(stream.socket.fileno())
+                left = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                await self._tell(stream, job)
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                left = True  # raised below, where no nursery makes a group of it
+            nursery.cancel_scope.cancel()
+        if left:
+            raise trio.BrokenResourceError
+
+    async def _tell(self, stream: trio.SocketStream, job: Job) -> None:
+        """Send progress, signs of life and what it waits for until the job is done; its answer."""
         told: tuple[str, int, int] | None = None
-        last = trio.current_time()
+        waiting = ""
+        last = looked = trio.current_time()
         while True:
             with trio.move_on_after(PROGRESS_SECONDS):
                 await job.done.wait()
+            now = trio.current_time()
             if job.latest != told:
                 told = job.latest
-                last = trio.current_time()
+                last = now
                 await self._send(stream, {"progress": told})
             if job.done.is_set():
                 await self._send(stream, job.answer)
                 return
-            if trio.current_time() - last >= ALIVE_SECONDS:
-                last = trio.current_time()
+            if now - looked >= WAITING_SECONDS:
+                looked = now
+                words = self._what_it_waits_for(job)
+                if words and words != waiting:
+                    waiting = words
+                    await self._send(stream, {"waiting": waiting})
+            if now - last >= ALIVE_SECONDS:
+                last = now
                 await self._send(stream, {"alive": True})
 
-    async def _perform(self, job: _Job, params: dict[str, Any]) -> None:
-        answer: dict[str, Any] = {"error": _closing().to_json()}
+    def _what_it_waits_for(self, job: Job) -> str:
+        """In words, "" if for nothing worth saying."""
+        is_stop = job.operation.name == "stop"
+        queues = is_stop or not (job.begun or job.operation.interruptible)
+        return self._volume.waits_for(host_only=not queues)
+
+    async def _perform(self, job: Job, params: dict[str, Any]) -> None:
+        answer: dict[str, Any] | None = None
         try:
-            with job.scope:
+            with job.scope, asked_by(job.begin):
                 result = await job.operation(self._volume, params, job.report)
                 encode({"result": result})  # what cannot be told fails here, in its own job
                 answer = {"result": result}
         except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
-            answer = {"error": self._explain(job.operation.name, exc).to_json()}
+            if not isinstance(leading(exc), Abandoned):
+                answer = {"error": self._explain(job.operation.name, exc).to_json()}
         finally:
+            if answer is None:  # dropped: there is nobody to read it, or the volume is closing
+                answer = {"error": _closing().to_json()}
+                if not job.operation.interruptible:
+                    answer["begun"] = job.begun
             job.answer = answer
             self._jobs.discard(job)
+            if job.begun and job.has_no_client and job.operation.name not in ALWAYS:
+                self._nobody_was_told(job)
             job.done.set()
+
+    def _nobody_was_told(self, job: Job) -> None:
+        reason = job.answer["error"]["message"] if "error" in job.answer else None
+        volume = str(self._directory)
+        self._volume.log.log("vsnapfs", 1048, volume=volume, what=job.operation.name, reason=reason)
 
     def _explain(self, name: str, exc: BaseException) -> VsnapError:
         exc = leading(exc)

@@ -26,16 +26,18 @@ What ends it:
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vsnapfs.beginning import begin
 from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
 from vsnapfs.daemon.above import Syncing
-from vsnapfs.daemon.control import ControlServer
+from vsnapfs.daemon.control import FINISH_SECONDS, ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
 from vsnapfs.daemon.preflight import Plan
 from vsnapfs.daemon.process import leading
@@ -53,6 +55,8 @@ _LOCK_SECONDS = 5.0
 _SYNC_SECONDS = 10.0
 # How long requests in progress may take once the loop is told to end (a stuck disk, for example).
 _LAST_REQUESTS_SECONDS = 30.0
+# How long `stop` waits for the volume to be closed before it answers that it is not.
+_CLOSE_SECONDS = FINISH_SECONDS + 30.0
 # An unmounted file system whose loop has not ended by then is in use where we cannot see it.
 _LOOP_END_SECONDS = 5.0
 
@@ -77,8 +81,9 @@ async def open_volume(plan: Plan, **options: Any) -> Volume:
             if error.code != "busy":
                 raise
             pid = await trio.to_thread.run_sync(client.server_pid, plan.directory)
-            if pid is not None:
-                mount = mounts.mount_of(plan.directory)
+            mount = mounts.mount_of(plan.directory)
+            # Without a mount it is most likely just closing the volume.
+            if pid is not None and (mount or trio.current_time() > give_up):
                 where = f", mounted on {shown(mount.mountpoint)}" if mount else ""
                 raise BusyError(
                     f"{shown(plan.directory)} is served by process {pid} already{where}"
@@ -155,6 +160,7 @@ class Server:
         """From the mount to its end."""
         handlers = VolumeOperations(volume, shared=self._plan.shared, lang=self._lang)
         self._handlers = handlers
+        control.status = handlers.status
         options = mount_options(self._plan.directory, self._plan.options)
         session = Session(handlers, self._plan.mountpoint, options)
         control.listen()
@@ -175,13 +181,14 @@ class Server:
         """Close the volume, once, whatever has happened."""
         if self._closed.is_set():
             return
-        control.unlink()  # before the lock is released: the next server makes its own
         try:
-            await volume.close()
+            # Can be asked as long as it lasts. Gone before the lock is: the next one makes its own.
+            await volume.close(before_unlocking=control.unlink)
         except BaseException as exc:
             self._close_failure = leading(exc)
             raise
         finally:
+            control.unlink()
             self._closed.set()
 
     # ---- stopping ------------------------------------------------------------------------------
@@ -210,10 +217,22 @@ class Server:
                 code="not-mounted",
             )
         await self._unmount()
-        await self._closed.wait()
+        with trio.move_on_after(_CLOSE_SECONDS):
+            await self._closed.wait()
+        if not self._closed.is_set():
+            raise BusyError(
+                f"{shown(ours)} is unmounted, but the volume is not closed yet{self._waits()}",
+                hint=f"Process {os.getpid()} closes it as soon as that is over; until then "
+                f"'vsnapfs status {shown(self._plan.directory)}' shows it.",
+                code="not-closed",
+            )
         if self._close_failure is not None:
             raise self._close_failure
         return {"mountpoint": ours}
+
+    def _waits(self) -> str:
+        words = self._volume.waits_for() if self._volume is not None else ""
+        return f": it waits for {words}" if words else ""
 
     async def _unmount(self) -> None:
         """Unmount, with nothing forced; returns when the FUSE loop has ended. BusyError if used."""
@@ -224,14 +243,20 @@ class Server:
             if top is None or top.device != self._device:
                 what = f"{top.fstype} is mounted over it" if top else "it was unmounted lazily"
                 raise BusyError(f"{shown(self._plan.mountpoint)} cannot be unmounted: {what}")
+            begin()  # unless whoever asked for it has gone
             # In a thread: the kernel may ask this process before it answers.
             await trio.to_thread.run_sync(mounts.unmount_now, self._plan.mountpoint)
             with trio.move_on_after(_LOOP_END_SECONDS):
                 await self._loop_ended.wait()
             if not self._loop_ended.is_set():
+                waits = self._waits()
                 raise BusyError(
-                    "unmounted here, but the file system is in use elsewhere",
-                    hint="It is mounted in another place or mount namespace; "
+                    f"unmounted here, but requests are still under way{waits}"
+                    if waits
+                    else "unmounted here, but the file system is in use elsewhere",
+                    hint="The server closes the volume as soon as that is over."
+                    if waits
+                    else "It is mounted in another place or mount namespace; "
                     "the server ends when that does.",
                 )
 

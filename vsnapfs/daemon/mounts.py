@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,10 +139,11 @@ def _errno_of_asking(path: Path) -> int:
 # ---- unmounting ---------------------------------------------------------------------------------
 
 
-def unmount(mount: Mount) -> None:
+def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> None:
     """End the mount of a volume and return when the volume is closed cleanly.
 
-    A dead mount is only cleaned up. BusyError, naming the users, while something uses it.
+    A dead mount is only cleaned up. say(sentence): what it waits for, if it does for long.
+    BusyError, naming the users, while something uses it.
     """
     from vsnapfs.daemon import client  # above this module: it serves commands, this serves both
 
@@ -149,7 +151,7 @@ def unmount(mount: Mount) -> None:
         clean_stale(mount)
         return
     try:
-        client.call(mount.volume, "stop", mountpoint=str(mount.mountpoint))
+        client.call(mount.volume, "stop", mountpoint=str(mount.mountpoint), say=say)
         return
     except VsnapError as error:
         if error.code not in ("not-mounted", "no-volume", "not-volume"):

@@ -48,13 +48,15 @@ class Param:
 class Operation:
     """One entry of the table; call it with the volume, raw parameters and a progress callback.
 
-    interruptible: it changes nothing, so it may be ended when nobody waits for it any more.
+    interruptible: it changes nothing, so it may be ended when nobody waits for it any more. All
+    others call `beginning.begin` before their first change.
     """
 
     name: str
     function: Callable[..., Awaitable[Any]]
     params: Mapping[str, Param] = field(default_factory=dict)
     interruptible: bool = False
+    gerund: str = ""  # what it does, for people: "restoring the recovery point"
 
     async def __call__(
         self, volume: Volume, params: Mapping[str, Any], progress: Progress | None = None
@@ -149,16 +151,41 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("status", _status, interruptible=True),
-        Operation("rp_create", _rp_create, {"label": Param((str,), default=None)}),
+        Operation(
+            "rp_create",
+            _rp_create,
+            {"label": Param((str,), default=None)},
+            gerund="creating the recovery point",
+        ),
         Operation("rp_list", _rp_list, interruptible=True),
         Operation("rp_resolve", _rp_resolve, {"point": _POINT}, interruptible=True),
-        Operation("rp_delete", _rp_delete, {"point": _POINT, "force": _FORCE}),
-        Operation("rp_restore", _rp_restore, {"point": _POINT, "force": _FORCE}),
-        Operation("resize", _resize, {"total": Param((int,))}),
-        Operation("offline", _offline),
-        Operation("online", _online, {"give_up_recovery_points": Param((bool,), default=False)}),
+        Operation(
+            "rp_delete",
+            _rp_delete,
+            {"point": _POINT, "force": _FORCE},
+            gerund="deleting the recovery point",
+        ),
+        Operation(
+            "rp_restore",
+            _rp_restore,
+            {"point": _POINT, "force": _FORCE},
+            gerund="restoring the recovery point",
+        ),
+        Operation("resize", _resize, {"total": Param((int,))}, gerund="resizing the diff area"),
+        Operation("offline", _offline, gerund="taking the volume offline"),
+        Operation(
+            "online",
+            _online,
+            {"give_up_recovery_points": Param((bool,), default=False)},
+            gerund="bringing the volume online",
+        ),
         Operation("verify", _verify, interruptible=True),
-        Operation("repair", _repair, {"dry_run": Param((bool,), default=False)}),
+        Operation(
+            "repair",
+            _repair,
+            {"dry_run": Param((bool,), default=False)},
+            gerund="repairing the volume",
+        ),
     )
 }
 """All that can be asked of a volume. `stop` exists besides, for a serving process only."""

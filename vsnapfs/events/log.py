@@ -118,9 +118,11 @@ class EventLog:
 
     @property
     def flush_failures(self) -> int:
-        """How many flushes failed since the volume was last online, the logged one included."""
-        with self._lock:
-            return self._flush_failures
+        """How many flushes failed since the volume was last online, the logged one included.
+
+        Never waits: a write to the file may hang, with the lock held, and `status` asks for this.
+        """
+        return self._flush_failures
 
     def reset_flush_failures(self) -> int:
         """The volume is online again: the next failing flush is news. Returns the repeats.

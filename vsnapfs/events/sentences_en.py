@@ -283,6 +283,10 @@ SENTENCES: dict[tuple[str, int], str] = {
         'The power failed while {the_volume} was used with durability "process"[. All {count}'
         " recovery points|. All recovery points] of that time may be wrong."
     ),
+    ("vsnapfs", 1048): (
+        "An operation on {the_volume}[, {what},] has ended whose client had left after it had"
+        " begun.[ It could not be carried out: {cause}.|It was carried out.]"
+    ),
     ("vsnapfs", 1050): (
         "The replica of {the_volume} failed[ to carry out {what}][ at {range}].[ Cause: {cause}.]"
         " The request was refused; the volume stays online."

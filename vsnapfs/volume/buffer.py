@@ -463,7 +463,8 @@ class WriteBuffer:
                 if not records or self.stuck is not None:
                     return
                 try:
-                    await in_thread(self._write, records)
+                    with self._core.admin.waits_for("acknowledged writes to reach the replica"):
+                        await in_thread(self._write, records)
                 except Exception as error:  # noqa: BLE001 - as above
                     await self._get_stuck(self._as_fault(error))
                     return

@@ -3,7 +3,8 @@
 Owns no behaviour of its own beyond the locks. The order in which they are taken, always outermost
 first, is: `admin_lock`, `shape_lock`, `grow_lock`, the write gate, `area_lock`.
 
-* `admin_lock`: one administrative operation at a time (create, delete, restore, resize, …).
+* `admin_lock`: one administrative operation at a time (create, delete, restore, resize, …); taken
+  through `admin.turn`, which knows who waits, and `admin.begin`, before the first change.
 * `shape_lock`: what a verification walks over does not move or shrink under its feet.
 * `grow_lock`: growing and shrinking exclude each other.
 * `gate`: writes pass it; creating a point and restoring hold it and wait for those in flight.
@@ -19,7 +20,7 @@ import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +32,7 @@ from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.superblock import RecoveryPoint
 from ..errors import VsnapError
+from .administration import Administration
 from .statefile import StateFile
 
 T = TypeVar("T")
@@ -86,6 +88,8 @@ class WriteGate:
         self._open = trio.Event()
         self._open.set()
         self._empty = trio.Event()
+        #: Told what is waited for; the volume's, once there is one.
+        self.waits_for: Callable[[str], AbstractContextManager[None]] = lambda _what: nullcontext()
 
     async def wait_open(self) -> None:
         """Return when the gate is open. The caller must look again: it may close at once."""
@@ -107,7 +111,7 @@ class WriteGate:
         self._empty = trio.Event()
         try:
             if self.inside:
-                with trio.fail_after(seconds):
+                with self.waits_for("writes in flight"), trio.fail_after(seconds):
                     await self._empty.wait()
             yield
         finally:
@@ -180,7 +184,7 @@ class Core:
     block_size: int
     volume_id: bytes
     gate: WriteGate = field(default_factory=WriteGate)
-    admin_lock: trio.Lock = field(default_factory=trio.Lock)
+    admin: Administration = field(default_factory=Administration)
     shape_lock: trio.Lock = field(default_factory=trio.Lock)
     grow_lock: trio.Lock = field(default_factory=trio.Lock)
     area_lock: trio.Lock = field(default_factory=trio.Lock)
@@ -206,6 +210,7 @@ class Core:
     def __post_init__(self) -> None:
         #: The one way to sync the replica.
         self.flush_replica = SharedSync(lambda: self.sync_replica())  # noqa: PLW0108 - tests patch it
+        self.gate.waits_for = self.admin.waits_for
 
     @property
     def points(self) -> tuple[RecoveryPoint, ...]:
@@ -232,13 +237,14 @@ class Core:
 
         Only for `flush_replica`, which sees to it that there is one at a time.
         """
-        if self.replica_failed:
-            raise OSError(errno.EIO, "an earlier sync of the replica failed")
-        try:
-            self.replica.sync()
-        except OSError as error:
-            self.replica_failed, self.replica_error = True, error
-            raise
+        with self.admin.waits_for("a sync of the replica"):
+            if self.replica_failed:
+                raise OSError(errno.EIO, "an earlier sync of the replica failed")
+            try:
+                self.replica.sync()
+            except OSError as error:
+                self.replica_failed, self.replica_error = True, error
+                raise
 
     async def commit(self, **changes: Any) -> None:
         """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""
@@ -249,7 +255,8 @@ class Core:
                 area.rollback()
             area.commit(**changes)
 
-        await in_thread(work)
+        with self.admin.waits_for("a write to the diff area's superblock"):
+            await in_thread(work)
 
     async def mark_in_use(self) -> None:
         """Before the first change after a clean opening: a crash from here on is an unclean stop.

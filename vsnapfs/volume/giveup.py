@@ -32,7 +32,7 @@ _BEYOND = 1 << 20
 async def give_up_recovery_points(volume: Volume) -> list[str]:
     """Replace the diff area by an empty one of the same maximum and come online.
 
-    The caller holds `admin_lock`. VsnapError when the volume is online (nothing to give up), the
+    It is the caller's turn. VsnapError when the volume is online (nothing to give up), the
     old size is not known, or something that is not this volume's diff area is in the way.
     """
     core, protection = volume.core, volume.protection
@@ -56,6 +56,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
     try:
         # A growth that was too slow (fault 9) ends first: it would write into the new area.
         async with core.grow_lock:
+            core.admin.begin()
             backing = await in_thread(_find_place, volume, old)
             try:
                 async with core.area_lock:

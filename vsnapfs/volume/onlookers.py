@@ -35,8 +35,8 @@ import trio
 
 from .. import inotify, openers
 from ..backing import Backing, FileBacking
+from .administration import iso
 from .core import Core, in_thread, now_ns
-from .status import iso
 
 if TYPE_CHECKING:
     from .protection import Protection

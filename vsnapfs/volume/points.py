@@ -90,7 +90,7 @@ class Points:
         core, protection = self._core, self._protection
         if label is not None:
             check_label(label)
-        async with core.admin_lock:
+        async with core.admin.turn("creating a recovery point"):
             protection.require_online("creating a recovery point")
             area = core.need_area()
             if label is not None and any(point.label == label for point in core.points):
@@ -151,6 +151,7 @@ class Points:
 
         async def commit() -> None:
             async with core.area_lock:
+                core.admin.begin()
                 await core.commit(points=(*core.points, point), epoch=point.number)
 
         await self._or_trip(commit())
@@ -192,7 +193,7 @@ class Points:
     async def delete(self, number: int, *, force: bool) -> None:
         """Delete a point. BusyError if it is open (unless `force`) or being restored."""
         core, protection = self._core, self._protection
-        async with core.admin_lock:
+        async with core.admin.turn(f"deleting recovery point {number}"):
             point = self.resolve(number)
             unfinished = core.need_area().superblock.restoring == number
             if unfinished and (protection.restoring or not force):
@@ -226,6 +227,7 @@ class Points:
             if len(remaining) == len(core.points):
                 return False
             restoring = area.superblock.restoring
+            core.admin.begin()
             await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
             self.gone.update(numbers)
             live = [point.number for point in remaining]

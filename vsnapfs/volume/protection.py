@@ -304,7 +304,8 @@ class Protection:
                 ring=area.superblock.ring,
                 boot=area.superblock.boot,
             )
-        self._core.state_file.save(state)
+        with self._core.admin.waits_for("a write to the state file"):
+            self._core.state_file.save(state)
         self.saved = state
 
     def would_fit(self) -> str | None:

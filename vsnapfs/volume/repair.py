@@ -94,7 +94,9 @@ class Repair:
         """
         core = self._core
         # Not `grow_lock`: a write that needs the area to grow cannot wait for a whole check.
-        async with core.admin_lock, core.shape_lock:
+        async with core.admin.turn("repairing"), core.shape_lock:
+            if not self._dry_run:
+                core.admin.begin()
             for finding in self._volume.account.findings():
                 self._add(finding, when="opening", done=not core.dry_run)
             self._tell_restore()

@@ -42,7 +42,8 @@ class Resize:
         is given up; nothing has changed then.
         """
         core = self._core
-        async with core.admin_lock, core.shape_lock, core.grow_lock:
+        what = f"resizing the diff area to {format_size(total)}"
+        async with core.admin.turn(what), core.shape_lock, core.grow_lock:
             area = core.need_area()
             old = area.maximum
             check_maximum(area.layout, total)
@@ -80,12 +81,14 @@ class Resize:
         core = self._core
         if area.backing.is_device and area.layout.slots_in(total) > len(area.slots):
             slots = area.layout.slots_in(total)
+            core.admin.begin()
             await in_thread(area.prepare_growth, slots)
             async with core.area_lock:
                 await core.commit(maximum=total, allocated=area.layout.size_of(slots))
                 area.slots.resize(slots)
             return
         async with core.area_lock:
+            core.admin.begin()
             await core.commit(maximum=total)
 
     # -- shrinking ------------------------------------------------------------------------------
@@ -120,6 +123,7 @@ class Resize:
                 async with core.gate.held(core.config.hold_timeout):
                     with trio.fail_after(core.config.hold_timeout):
                         await self._drain()
+                core.admin.begin()
                 await self._move_down(area, target, progress)
                 async with core.area_lock:
                     self._check_still_wanted(area)

@@ -58,7 +58,7 @@ class Restore:
         VsnapError when a copy is damaged (EIO) or there is no room (ENOSPC): nothing has changed.
         """
         core, protection = self._core, self._protection
-        async with core.admin_lock:
+        async with core.admin.turn(f"restoring recovery point {number}"):
             protection.require_online("restoring")
             point = self._points.resolve(number)
             if core.open_replicas and not force:
@@ -119,6 +119,7 @@ class Restore:
                 errno=error.errno or errno.ENOSPC,
                 code="no-room",
             ) from error
+        core.admin.begin()
         # Nothing can refuse it any more: what was open until now is dead (forced), writes wait.
         self._protection.session += 1
         try:

@@ -183,7 +183,8 @@ class Room:
         least = area.layout.valid_slots(len(area.slots) + needed)
         while target > len(area.slots):
             try:
-                await in_thread(area.prepare_growth, target)
+                with core.admin.waits_for("the diff area to grow"):
+                    await in_thread(area.prepare_growth, target)
             except FaultError as error:
                 if error.code is not FaultCode.GROW_FAILED or target <= least:
                     raise
@@ -201,7 +202,9 @@ class Room:
         if area.slots.free < count:
             async with self._core.grow_lock:
                 target = area.next_step(count - area.slots.free)
-                await self._grow_towards(target, count - area.slots.free)
+                # All of it or nothing: a restore may be given up until it begins.
+                with trio.CancelScope(shield=True):
+                    await self._grow_towards(target, count - area.slots.free)
 
     # -- policy evict ---------------------------------------------------------------------------
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..config import VolumePaths
 from ..errors import Fault
+from .administration import iso
 
 if TYPE_CHECKING:
     from .volume import Volume
-
-
-def iso(time_ns: int) -> str:
-    """A UTC time as `status` and the lists show it, e.g. 2026-11-22T07:20:00.123456Z."""
-    seconds, rest = divmod(time_ns, 1_000_000_000)
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
 
 
 def status_of(volume: Volume) -> dict[str, Any]:
@@ -53,6 +46,7 @@ def status_of(volume: Volume) -> dict[str, Any]:
         "suspect_points": sum(p.number <= area.superblock.suspect for p in points) if area else 0,
         "write_buffer": volume.buffer.status(),
         "restoring": protection.restoring or bool(area and area.superblock.restoring),
+        "operations": core.admin.to_json(),
         "trouble": protection.trouble,
         "would_fit": protection.would_fit() is None,
         "flush_failures": getattr(core.log, "flush_failures", 0),

@@ -315,7 +315,7 @@ class Volume:
         try:
             async with trio.open_nursery() as nursery:
                 self.core.nursery = nursery
-                async with self.core.admin_lock:
+                async with self.core.admin.turn("going on with a restore"):
                     await self._continue_restore()
                 buffering = trio.CancelScope()
                 await nursery.start(self._buffer_writes, buffering)
@@ -344,7 +344,7 @@ class Volume:
             await self.onlookers.run()
 
     async def _continue_restore(self) -> None:
-        """Go on with an in-place restore that was interrupted. The caller holds `admin_lock`."""
+        """Go on with an in-place restore that was interrupted. It is the caller's turn."""
         area = self.core.area
         if area is None or not self.protection.is_online or not area.superblock.restoring:
             return
@@ -360,7 +360,7 @@ class Volume:
                 as_fault(VsnapError("writes in flight took too long", errno=errno.ETIMEDOUT))
             )
 
-    async def close(self) -> None:
+    async def close(self, before_unlocking: Callable[[], None] = lambda: None) -> None:
         """Close cleanly: wait for writes, flush, record the replica's identity, unlock."""
         if self._closed:
             return
@@ -376,6 +376,7 @@ class Volume:
             await self.onlookers.finish()
             self.buffer.close()
             await in_thread(self.writer.copier.close)
+            before_unlocking()
             await in_thread(close_files, core)
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1002, volume=core.name)
@@ -462,9 +463,10 @@ class Volume:
 
     async def go_offline(self) -> None:
         """Take the volume offline by hand."""
-        async with self.core.admin_lock:
+        async with self.core.admin.turn("taking the volume offline"):
             if self.protection.restoring:
                 self.protection.require_online("taking it offline")
+            self.core.admin.begin()
             await self.protection.take_offline()
 
     async def online(self, *, give_up_recovery_points: bool = False) -> list[str]:
@@ -473,7 +475,8 @@ class Volume:
         Handles from before stay dead. give_up_recovery_points: start an empty diff area, all
         recovery points are lost; the only way out when it is truly gone.
         """
-        async with self.core.admin_lock:
+        what = "giving up the recovery points" if give_up_recovery_points else "coming online"
+        async with self.core.admin.turn(what):
             if give_up_recovery_points:
                 async with self.core.shape_lock:
                     return await giveup.give_up_recovery_points(self)
@@ -496,6 +499,7 @@ class Volume:
         core, protection = self.core, self.protection
         self._refuse_if_hopeless()
         await protection.recorded()
+        core.admin.begin()
         try:
             if core.replica_failed:
                 await in_thread(self.reopen_replica)
@@ -546,6 +550,10 @@ class Volume:
                 code="no-way-online",
             )
 
+    def waits_for(self, *, host_only: bool = False) -> str:
+        """What whoever waits for this volume waits for, in words; see `Administration`."""
+        return self.core.admin.in_words(host_only=host_only)
+
     async def news(self) -> None:
         """Look for what `status` cannot know without looking. Takes a second at most."""
         await self.onlookers.news()
@@ -565,7 +573,8 @@ class Volume:
                 )
             for step in run.steps():
                 async with self.core.area_lock:
-                    await in_thread(step)
+                    with self.core.admin.waits_for("a check of the diff area"):
+                        await in_thread(step)
                 report("verify", min(run.done, run.total), run.total)
         problems = await self._state_problems() + run.problems
         if self.mountpoint is None:

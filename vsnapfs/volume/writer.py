@@ -281,7 +281,8 @@ class Writer:
         core = self._core
         area = core.need_area()
         try:
-            preserved = await in_thread(self.copier.copy, area, batch.blocks, batch.slots)
+            with core.admin.waits_for("copies to be made durable in the diff area"):
+                preserved = await in_thread(self.copier.copy, area, batch.blocks, batch.slots)
         except FaultError as error:
             batch.error = error
             area.slots.release(batch.slots)
@@ -418,7 +419,8 @@ class Writer:
             try:
                 if core.replica.has_hole(start, size):
                     waited = True
-                    await in_thread(core.replica.allocate, start, size)
+                    with core.admin.waits_for("the host to allocate space for the replica"):
+                        await in_thread(core.replica.allocate, start, size)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                     self._replica_error("allocate", offset, length, error)
