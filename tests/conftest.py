@@ -2,6 +2,11 @@
 
 * `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`, `needs_qemu`: without it the test is skipped
   with the reason; when CI=true it fails instead, so that a green CI means that it ran.
+* choices are the same in every run, unless a random search is asked for (see tests/chance.py);
+* no process may take more than 4 GiB, so that one that runs away fails instead of the machine;
+* the run has a mount namespace of its own, as root or where users can have one: what is mounted in
+  it cannot be held by somebody else's copy of the mounts (and not be seen from outside: `nsenter
+  --mount --target PID` goes in);
 * every test has a time limit (`@pytest.mark.time_limit(seconds)` for another than 300 s), because
   a file system that does not answer would otherwise hang the whole run;
 * every test fails on Python log messages of WARNING and above (`@pytest.mark.expects_log`);
@@ -18,15 +23,17 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-import hypothesis
+import chance
 import pytest
 from house import (
     ROOT,
+    limit_memory,
     loop_devices,
     missing_for_fio,
     missing_for_fuse,
@@ -36,7 +43,7 @@ from house import (
     run,
 )
 
-from vsnapfs.volume.ring import NO_ID, SharedMemory
+from vsnapfs.demo.namespace import own_namespace
 
 IN_CI = os.environ.get("CI") == "true"
 TIME_LIMIT = 300.0
@@ -59,22 +66,14 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 for _name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(_name, None)
 
-# No deadline and no complaint about examples that are slow to make: a busy machine is no bug. Nor
-# are ones that come out too large, as happens by chance when few are asked for. In CI the same
-# examples every time: a submission is not refused for a bug that was there before.
-# VSNAPFS_EXAMPLES=2000 looks harder.
-hypothesis.settings.register_profile(
-    "vsnapfs",
-    deadline=None,
-    suppress_health_check=(
-        hypothesis.HealthCheck.too_slow,
-        hypothesis.HealthCheck.data_too_large,
-    ),
-    derandomize=IN_CI,
-    print_blob=True,
-    max_examples=int(os.environ.get("VSNAPFS_EXAMPLES", "100")),
-)
-hypothesis.settings.load_profile("vsnapfs")
+limit_memory()
+# Now, before anything starts threads, which would keep an ordinary user from having one.
+WHY_SHARED = own_namespace(ROOT, Path(tempfile.gettempdir()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the test modules are imported."""
+    chance.configure(config)
 
 
 # --- what this machine can do ------------------------------------------------------------------
@@ -91,6 +90,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
 @pytest.fixture(scope="session", autouse=True)
 def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A volume that is killed and never opened again leaves its write buffer in shared memory."""
+    from vsnapfs.volume.shm import DIRECTORIES  # brings numpy, which starts threads
+
     yield
     for config in tmp_path_factory.getbasetemp().rglob("volume.toml"):
         if config.is_symlink() or not config.is_file():
@@ -98,7 +99,9 @@ def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         text = config.read_bytes().decode(errors="replace")
         found = re.search(r'^volume-id = "([0-9a-f]{32})"$', text, re.MULTILINE)
         if found:
-            SharedMemory().keep_only(NO_ID, bytes.fromhex(found[1]))
+            for directory in DIRECTORIES:
+                for path in directory.glob(f"vsnapfs-{found[1]}-*"):
+                    path.unlink()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -111,6 +114,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 # --- each test ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _the_same_choices(request: pytest.FixtureRequest) -> None:
+    chance.begin(request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +286,8 @@ def pytest_report_header() -> list[str]:
     return [
         f"python: {sys.executable}; {', '.join(versions)}",
         *(f"not possible here: {reason}" for reason in lacking),
+        f"mounts: {'not ' if WHY_SHARED else ''}in a namespace of their own {WHY_SHARED}".rstrip(),
+        chance.words(),
     ]
 
 

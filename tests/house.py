@@ -5,14 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FUSE_DEVICE = "/dev/fuse"
+#: Of a process that tests run in or start: its own memory, mappings of files not counted.
+MEMORY = 4 << 30
+
+
+def limit_memory() -> None:
+    """Beyond `MEMORY`, this process and those that it starts get MemoryError (ENOMEM)."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -90,3 +101,22 @@ def loop_devices() -> dict[str, str]:
         with contextlib.suppress(OSError):  # detached at this moment
             found[f"/dev/{path.parts[3]}"] = path.read_text(errors="surrogateescape").strip()
     return found
+
+
+# --- ordinary users, for a run as root ----------------------------------------------------------
+
+
+# By another program than Python: a process that changed its own uid hides its open files.
+BECOME_A_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+
+
+def python_for_users() -> str | None:
+    """A Python that an ordinary user can run with our packages: not one that lies below /root."""
+    # Started once more by itself, as a server is: setpriv starts it with root's rights still.
+    again = "import numpy, pyfuse3, trio, xxhash, vsnapfs.volume"
+    probe = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {again!r}]))"
+    for python in (sys.executable, "/usr/bin/python3"):
+        command = [*BECOME_A_USER, python, "-c", probe]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return python
+    return None

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_points, tear, write
+from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_points, write
 from simdisk import Change, Host, Snapshot
+from unsynced import SECTOR, Sectors, overwritten, sectors_of
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
@@ -92,7 +93,7 @@ class Expected:
 
     must: dict[int, bytes] = field(default_factory=dict)
     may: dict[int, bytes] = field(default_factory=dict)
-    sectors: tuple[frozenset[bytes], ...] = ()
+    sectors: Sectors = ()
     restored: bytes | None = None
     offline: bool | None = False
 
@@ -103,7 +104,7 @@ class Story:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.content = bytearray(rig.host.files["replica"].cache.size)
-        self.expected = Expected(sectors=self._only_now())
+        self.expected = Expected(sectors=sectors_of(bytes(self.content)))
         self.states: list[tuple[Snapshot, Expected, Key | None]] = []
         self.volume: Volume
         self.counter = 0
@@ -132,24 +133,13 @@ class Story:
         self.expected = replace(self.expected, **changes)
         self._record(None)
 
-    def _only_now(self) -> tuple[frozenset[bytes], ...]:
-        content = bytes(self.content)
-        return tuple(frozenset([content[at : at + 512]]) for at in range(0, len(content), 512))
-
     async def write(self, offset: int, length: int) -> None:
         self.counter += 1
         data = pattern(self.counter, length)
-        sectors = list(self.expected.sectors)
-        for number, part in tear(offset, data):
-            start = max(offset - number * 512, 0)
-            known = sectors[number]
-            sectors[number] = known | {
-                old[:start] + part + old[start + len(part) :] for old in known
-            }
         evicts = self.rig.config.on_full == "evict"
         held = {} if evicts else self.expected.must
         self._now(
-            sectors=tuple(sectors),
+            sectors=overwritten(self.expected.sectors, offset, data),
             must=held,
             may={**self.expected.may, **self.expected.must} if evicts else self.expected.may,
             offline=None
@@ -172,7 +162,7 @@ class Story:
 
     async def flush(self) -> None:
         await flush(self.volume)
-        self._now(sectors=self._only_now())
+        self._now(sectors=sectors_of(bytes(self.content)))
 
     async def create(self) -> None:
         number = self.volume.core.need_area().superblock.epoch + 1
@@ -182,7 +172,7 @@ class Story:
         self._now(
             may={},
             must={**self.expected.must, number: bytes(self.content)},
-            sectors=self._only_now(),
+            sectors=sectors_of(bytes(self.content)),
         )
 
     async def delete(self, number: int) -> None:
@@ -197,7 +187,7 @@ class Story:
         self._now(restored=content)
         await self.volume.restore(number)
         self.content = bytearray(content)
-        self._now(restored=None, sectors=self._only_now())
+        self._now(restored=None, sectors=sectors_of(bytes(self.content)))
 
     async def resize(self, total: int) -> None:
         await self.volume.resize(total)
@@ -272,7 +262,8 @@ async def _look(volume: Volume, rig: Rig, expected: Expected, points: dict[int, 
     actual = raw_replica(rig)
     if actual != expected.restored:
         for number, allowed in enumerate(expected.sectors):
-            assert actual[number * 512 : (number + 1) * 512] in allowed, f"sector {number}"
+            start = number * SECTOR
+            assert actual[start : start + SECTOR] in allowed, f"sector {number}"
     if not volume.protection.is_online:
         await volume.online()
     for block in range(volume.core.block_count):

@@ -85,7 +85,6 @@ def small_steps() -> Iterator[None]:
         mock.patch("vsnapfs.volume.restore._AT_ONCE", 3),
         mock.patch("vsnapfs.volume.copying._STAGING", 4 * BLOCK),
         mock.patch("vsnapfs.volume.writer.LONGEST", 2 * BLOCK),
-        mock.patch("vsnapfs.volume.buffer.LEAST", 64 * 1024),
         mock.patch("vsnapfs.volume.buffer._BATCH", 3 * BLOCK),
     ):
         yield
@@ -302,14 +301,3 @@ def pattern(seed: int, length: int) -> bytes:
     """Bytes that differ from one seed to the next and from one 512-byte sector to the next."""
     words = [f"<{seed:08x}.{word:06x}>".encode() for word in range(-(-length // 16) + 1)]
     return b"".join(words)[:length]
-
-
-def tear(offset: int, data: bytes) -> list[tuple[int, bytes]]:
-    """(sector, its part of the data) of a write."""
-    found, position = [], 0
-    while position < len(data):
-        sector = (offset + position) // 512
-        end = min(len(data), (sector + 1) * 512 - offset)
-        found.append((sector, data[position:end]))
-        position = end
-    return found

@@ -26,9 +26,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from vsnapfs.backing import Buffer, Bytes, Identity, Removed
+from vsnapfs.backing import Buffer, Bytes, FileId, Identity, Removed
+from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import BusyError
-from vsnapfs.volume.ring import Ring
+from vsnapfs.volume.ring import Ring, read_head
+from vsnapfs.volume.shm import Unusable
 
 PAGE = 4096
 SECTOR = 512
@@ -194,6 +196,13 @@ class Host:
         self.observer: Callable[[tuple[str, int] | None], None] | None = None
         #: Shared memory by ring: it outlives a process, not the machine. `boot` counts its lives.
         self.memory: dict[bytes, bytearray] = {}
+        self.locked_rings: set[bytes] = set()
+        #: The device number of the tmpfs that is mounted where rings are looked for, and what
+        #: keeps an opening from using the one it has found.
+        self.tmpfs = 7
+        self.ring_problem: Exception | None = None
+        #: The device that the files lie on.
+        self.device = 1
         self.boot = 1
         #: Whether reads that must not wait find what they want.
         self.cached = False
@@ -285,6 +294,7 @@ class Host:
         host.files = files
         host._inodes, host._time = self._inodes, self._time
         host.cached = self.cached
+        host.tmpfs, host.device = self.tmpfs, self.device
         host.boot = self.boot + 1
         return host
 
@@ -369,26 +379,61 @@ class SimStore:
         self.room = room
         self.boot = host.boot.to_bytes(16, "big")
 
-    def make(self, size: int, volume_id: bytes) -> Ring:
+    def make(self, size: int, volume_id: bytes, replica: FileId) -> Ring:
         if size > self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.host._inodes += 1
         ring_id = self.host._inodes.to_bytes(16, "big")
-        self.host.memory[ring_id] = bytearray(size)
-        return Ring.make(self.host.memory[ring_id], ring_id, volume_id)
+        memory = self.host.memory[ring_id] = bytearray(size)
+        name = RingName(ring_id, replica.device, replica.inode, self.host.tmpfs)
+        return self._locked(Ring.make(memory, name, volume_id))
 
-    def find(self, ring_id: bytes, volume_id: bytes) -> Ring | None:
-        memory = self.host.memory.get(ring_id)
-        return None if memory is None else Ring.found(memory, ring_id, volume_id)
+    def _locked(self, ring: Ring) -> Ring:
+        """Until it is closed, or its process has ended."""
+        locked, close = self.host.locked_rings, ring.close
+        locked.add(ring.name.ring_id)
+
+        def unlock() -> None:
+            locked.discard(ring.name.ring_id)
+            close()
+
+        ring.close = unlock  # type: ignore[method-assign]
+        return ring
+
+    def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
+        if name.memory != self.host.tmpfs:
+            raise Unusable("it lies in another tmpfs")
+        if name.ring_id not in self.host.memory:
+            raise FileNotFoundError(errno.ENOENT, "it is gone")
+        if name.ring_id in self.host.locked_rings:
+            raise Unusable("it is in use by another process")
+        if self.host.ring_problem is not None:
+            raise self.host.ring_problem
+        return self._locked(Ring.found(self.host.memory[name.ring_id], name, volume_id))
+
+    def _unlocked(self, volume_id: bytes, replica: FileId) -> list[RingName]:
+        heads = [read_head(memory) for memory in self.host.memory.values()]
+        return [
+            head.name
+            for head in heads
+            if head.volume_id == volume_id
+            and (head.name.device, head.name.inode) == replica[:2]
+            and head.name.ring_id not in self.host.locked_rings
+        ]
 
     def is_there(self, ring: Ring) -> bool:
-        return ring.ring_id in self.host.memory
+        return ring.name.ring_id in self.host.memory
 
-    def keep_only(self, ring_id: bytes, volume_id: bytes) -> int:
-        others = set(self.host.memory) - {ring_id}
-        for other in others:
-            del self.host.memory[other]
-        return len(others)
+    def remove(self, ring: Ring) -> None:
+        self.host.memory.pop(ring.name.ring_id, None)
+
+    def tidy(self, volume_id: bytes, replica: FileId) -> None:
+        for name in self._unlocked(volume_id, replica):
+            if not list(Ring.found(self.host.memory[name.ring_id], name, volume_id).records()):
+                del self.host.memory[name.ring_id]
+
+    def doubt(self) -> str:
+        return ""
 
 
 class SimBacking:
@@ -523,7 +568,10 @@ class SimBacking:
     def identity(self) -> Identity:
         self.host.step(self, "identity")
         file = self.file
-        return Identity(1, file.inode, file.cache.size, file.ctime)
+        return Identity(self.host.device, file.inode, file.cache.size, file.ctime)
+
+    def file_id(self) -> FileId:
+        return FileId(self.host.device, 0 if self.is_device else self.file.inode, 0)
 
     def forget_cache(self) -> None:
         """Clean pages are read from the disk again: what a failed sync lost shows now."""

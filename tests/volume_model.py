@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rig import tear
+from unsynced import Sector, tear
 
 
 class Model:
@@ -15,19 +15,21 @@ class Model:
         self.offline = False
         self.fault: int | None = None
         #: sector → what a power failure may leave there besides the present content.
-        self.unsynced: dict[int, set[bytes]] = {}
+        self.unsynced: dict[int, Sector] = {}
 
     def sector(self, number: int) -> bytes:
         return bytes(self.content[number * 512 : (number + 1) * 512])
 
     def about_to_write(self, offset: int, data: bytes) -> None:
         """From now on a power failure may leave the old or the new content in each sector."""
-        for number, part in tear(offset, data):
-            start = max(offset - number * 512, 0)
-            known = self.unsynced.setdefault(number, set())
-            known.add(self.sector(number))
-            # Others in flight may share the sector, so each of them may come before this one.
-            known |= {old[:start] + part + old[start + len(part) :] for old in known}
+        for number, start, part in tear(offset, data):
+            now, known = self.sector(number), self.unsynced.get(number)
+            if known is None:
+                known = Sector.exactly(now)
+            elif known.newest != now:
+                # A write before this one was refused or is still under way: without it, too.
+                known = known.overwritten(0, now)
+            self.unsynced[number] = known.overwritten(start, part)
 
     def written(self, offset: int, data: bytes) -> None:
         self.content[offset : offset + len(data)] = data
@@ -41,7 +43,8 @@ class Model:
         for number in range(-(-len(actual) // 512)):
             found = actual[number * 512 : (number + 1) * 512]
             if found != self.sector(number):
-                assert found in self.unsynced.get(number, ()), f"sector {number}: {found[:32]!r}"
+                assert number in self.unsynced, f"sector {number} was never written"
+                assert found in self.unsynced[number], f"sector {number}: {found[:32]!r}"
         self.content = bytearray(actual)
         self.synced()
 

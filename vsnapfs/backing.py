@@ -52,6 +52,17 @@ class Identity(NamedTuple):
     ctime_ns: int
 
 
+class FileId(NamedTuple):
+    """Which file it is, whatever its name: a copy of it is another one. owner: its user's number.
+
+    A block device is known by its own number, and has no inode: 0.
+    """
+
+    device: int
+    inode: int
+    owner: int
+
+
 class Removed(OSError):
     """The path no longer leads to the open file (unlinked, replaced, unmounted)."""
 
@@ -124,6 +135,10 @@ class Backing(Protocol):
 
     def identity(self) -> Identity:
         """The file as it is now. See `Identity`."""
+        ...
+
+    def file_id(self) -> FileId:
+        """Which file this is. See `FileId`."""
         ...
 
     def forget_cache(self) -> None:
@@ -412,6 +427,13 @@ class FileBacking:
         if self.is_device:
             return Identity(info.st_rdev, 0, self.size(), 0)
         return Identity(info.st_dev, info.st_ino, info.st_size, info.st_ctime_ns)
+
+    def file_id(self) -> FileId:
+        """See `Backing.file_id`."""
+        info = os.fstat(self._fd)
+        if self.is_device:
+            return FileId(info.st_rdev, 0, info.st_uid)
+        return FileId(info.st_dev, info.st_ino, info.st_uid)
 
     def forget_cache(self) -> None:
         """See `Backing.forget_cache`."""

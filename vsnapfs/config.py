@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from vsnapfs.errors import FormatError, UsageError, VsnapError
+from vsnapfs.units import format_size
 
 CONFIG_NAME = "volume.toml"
 STATE_NAME = "state"
@@ -46,6 +47,9 @@ FORMAT = 1
 DEFAULT_WRITE_BUFFER = 64 << 20
 """Bytes of shared memory for acknowledged writes, while a volume is mounted."""
 
+LEAST_WRITE_BUFFER = 4 << 20
+"""Less cannot hold two of the longest writes (1 MiB) wherever they begin."""
+
 OnFull = Literal["offline", "evict"]
 POLICIES: tuple[OnFull, ...] = get_args(OnFull)
 Durability = Literal["power", "process"]
@@ -58,6 +62,7 @@ _MAX_FILE = 64 * 1024
 _MAX_PATH = 4095  # PATH_MAX without its NUL
 _MAX_QUOTE = 300
 _MAX_TIMEOUT = 3600.0
+_MOST_WRITE_BUFFER = 1 << 40
 
 _KEYS = {  # key in the file → field of VolumeConfig
     "volume-id": "volume_id",
@@ -247,6 +252,16 @@ def save(directory: str | os.PathLike[str], config: VolumeConfig) -> None:
         ) from error
     finally:
         os.close(folder)
+
+
+def check_write_buffer(size: int) -> None:
+    """UsageError unless a write buffer can have `size` bytes, or 0 for none."""
+    if size and not LEAST_WRITE_BUFFER <= size <= _MOST_WRITE_BUFFER:
+        raise UsageError(
+            f"a write buffer has at least {format_size(LEAST_WRITE_BUFFER)} and at most "
+            f"{format_size(_MOST_WRITE_BUFFER)}, not {size} bytes",
+            hint="0 is for none.",
+        )
 
 
 def shown(path: str | os.PathLike[str]) -> str:

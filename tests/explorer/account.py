@@ -15,13 +15,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import trio
-from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_point, tear, write
+from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_point, write
 from simdisk import FOREVER, Snapshot
+from unsynced import SECTOR, Sectors, overwritten, sectors_of
 
 from vsnapfs.volume import Volume
-
-Sectors = tuple[frozenset[bytes], ...]
-SECTOR = 512
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,6 @@ class Span:
 State = tuple[Snapshot, Span, tuple[str, int] | None]
 
 
-def cut(content: bytes) -> Sectors:
-    """Each sector exactly as it is."""
-    return tuple(frozenset([content[at : at + SECTOR]]) for at in range(0, len(content), SECTOR))
-
-
 class Play:
     """A workload being run. `label` numbers its writes, so that no two write the same bytes."""
 
@@ -93,8 +86,8 @@ class Play:
         if before is None:
             await self.start()
             self.expected = Expected(
-                sectors=cut(content),
-                exact=cut(content),
+                sectors=sectors_of(content),
+                exact=sectors_of(content),
                 maxima=frozenset([self.volume.core.need_area().maximum]),
             )
         else:
@@ -184,12 +177,12 @@ class Play:
             if error is not None:
                 assert error.errno == errno.ENODEV, error  # type: ignore[attr-defined]
                 continue
-            after = replace(after, sectors=mixed(after.sectors, offset, data))
+            after = replace(after, sectors=overwritten(after.sectors, offset, data))
             self.content[offset : offset + len(data)] = data
         touched = [job for job, error in zip(jobs, errors, strict=True) if error is None]
         exact = before.exact
         for offset, data in touched:
-            exact = mixed(exact, offset, data)
+            exact = overwritten(exact, offset, data)
         live = {point.number for point in self.volume.points}
         assert live <= set(held)
         gone = set(held) - live
@@ -205,7 +198,7 @@ class Play:
             exact=exact,
         )
         if not self._is_lossy:
-            after = replace(after, exact=cut(bytes(self.content)))
+            after = replace(after, exact=sectors_of(bytes(self.content)))
         self._answered(during, after, sure=bool(gone))
         return errors
 
@@ -220,7 +213,7 @@ class Play:
         before = self._same()
         was_online = self.is_online
         error = await self._during(lambda: flush(self.volume))
-        after = before if error else replace(before, sectors=cut(bytes(self.content)))
+        after = before if error else replace(before, sectors=sectors_of(bytes(self.content)))
         if error is not None and was_online:
             # The host has forgotten what it could not write; nobody knows what that was.
             self._is_lossy = True
@@ -234,9 +227,10 @@ class Play:
             return before
         self._is_lossy = False
         self.content = bytearray(raw_replica(self.rig))
-        found = cut(bytes(self.content))
-        for place, contents in enumerate(found):
-            assert contents <= before.sectors[place], f"W4: sector {place} after a failed flush"
+        found = sectors_of(bytes(self.content))
+        for place, sector in enumerate(found):
+            is_known = sector.newest in before.sectors[place]
+            assert is_known, f"W4: sector {place} after a failed flush"
         return replace(before, sectors=found, exact=found)
 
     # -- administration -----------------------------------------------------------------------
@@ -255,7 +249,7 @@ class Play:
         after = before
         if error is None:
             self.points[number] = content
-            after = replace(before, sectors=cut(content), newest=number)
+            after = replace(before, sectors=sectors_of(content), newest=number)
         assert set(self.points) == {point.number for point in self.volume.points}
         self._answered(replace(before, may={number: content}), after)
         return error
@@ -284,7 +278,9 @@ class Play:
         after = before
         if error is None:
             self.content = bytearray(content)
-            after = replace(before, sectors=cut(content), exact=cut(content), restored=None)
+            after = replace(
+                before, sectors=sectors_of(content), exact=sectors_of(content), restored=None
+            )
         elif self.volume.core.need_area().superblock.restoring:
             after = replace(before, restored=content)
         during = replace(before, restored=content)
@@ -318,7 +314,9 @@ class Play:
         if error is None and restoring:
             content = self.points[restoring]
             self.content = bytearray(content)
-            after = replace(before, sectors=cut(content), exact=cut(content), restored=None)
+            after = replace(
+                before, sectors=sectors_of(content), exact=sectors_of(content), restored=None
+            )
         if error is None:
             after = self._read_again(after)
         self._answered(before, after)
@@ -357,15 +355,15 @@ class Play:
         for offset, data, _ in jobs:
             during = replace(
                 during,
-                sectors=mixed(during.sectors, offset, data),
-                exact=mixed(during.exact, offset, data),
+                sectors=overwritten(during.sectors, offset, data),
+                exact=overwritten(during.exact, offset, data),
             )
             self.content[offset : offset + len(data)] = data
         found = await read_point(self.volume, number)
         for place, allowed in enumerate(during.exact):
             assert found[place * SECTOR : (place + 1) * SECTOR] in allowed, f"sector {place}"
         self.points[number] = found
-        after = replace(during, exact=cut(bytes(self.content)), newest=number)
+        after = replace(during, exact=sectors_of(bytes(self.content)), newest=number)
         self._answered(replace(during, may={**during.may, number: found}), after)
 
     @contextlib.contextmanager
@@ -386,7 +384,7 @@ class Play:
         before = self._same()
         assert await self._during(self.volume.close) is None
         flushed = self.volume.core.need_area().superblock.clean
-        after = replace(before, sectors=cut(bytes(self.content))) if flushed else before
+        after = replace(before, sectors=sectors_of(bytes(self.content))) if flushed else before
         self._answered(before, after)
         await self._go_on()
 
@@ -405,7 +403,7 @@ class Play:
         after = before
         if before.restored is not None and not self.volume.core.need_area().superblock.restoring:
             self.content = bytearray(before.restored)
-            exactly = cut(before.restored)
+            exactly = sectors_of(before.restored)
             after = replace(before, sectors=exactly, exact=exactly, restored=None)
         self._answered(before, self._read_again(after))
         self.check()
@@ -426,13 +424,3 @@ class Play:
     def length_of(self, first: int, count: int) -> int:
         """Bytes of blocks `first` … `first + count - 1`, a short last one included."""
         return min(count * BLOCK, len(self.content) - first * BLOCK)
-
-
-def mixed(sectors: Sectors, offset: int, data: bytes) -> Sectors:
-    """Each sector that the write touches may hold what it held, or that overwritten."""
-    found = list(sectors)
-    for number, part in tear(offset, data):
-        start = max(offset - number * SECTOR, 0)
-        known = found[number]
-        found[number] = known | {old[:start] + part + old[start + len(part) :] for old in known}
-    return tuple(found)

@@ -19,13 +19,14 @@ import trio
 import xxhash
 from rig import Rig, attempt, flush, raw_replica, read_points, write
 from simdisk import Host
+from unsynced import SECTOR
 
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS, TABLE_SIZE
 from vsnapfs.errors import FaultCode
 from vsnapfs.volume import Volume
 from vsnapfs.volume.statefile import STATE_SIZE
 
-from .account import SECTOR, Expected
+from .account import Expected
 
 _NEW = bytes(range(256)) * 4096
 

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from house import limit_memory
+
 from .judge import Violation
 from .search import Explorer, in_one_process
 from .workloads import (
@@ -115,6 +117,7 @@ def work(seed: int, length: int, share: int, shares: int) -> None:
             if explorer.workloads % 100 == 0:
                 tell()
 
+    limit_memory()
     # Much is kept for long, little of it in cycles: look for these less often.
     gc.freeze()
     gc.set_threshold(50_000)
@@ -254,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--states", type=int, default=20_000, help="distinct images to judge")
     parser.add_argument("--minutes", type=float, default=60, help="at most so long")
-    parser.add_argument("--seed", type=int, default=0, help="chooses what is sampled")
+    parser.add_argument("--seed", type=int, help="chooses what is sampled (random)")
     parser.add_argument("--length", type=int, default=4, help="of the exhaustive sequences")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--every", type=float, default=20, help="seconds between two lines")
@@ -266,6 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--worker", type=int, nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.seed is None:
+        options.seed = 0 if options.workload else random.SystemRandom().randrange(1 << 32)
     if options.worker:
         work(*options.worker)
         return 0

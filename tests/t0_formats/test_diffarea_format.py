@@ -30,7 +30,14 @@ from vsnapfs.diffarea.layout import (
     SUPERBLOCK_SIZE,
     Layout,
 )
-from vsnapfs.diffarea.superblock import MAX_LABEL, RecoveryPoint, Superblock, decode
+from vsnapfs.diffarea.superblock import (
+    MAX_LABEL,
+    NO_RING,
+    RecoveryPoint,
+    RingName,
+    Superblock,
+    decode,
+)
 from vsnapfs.errors import Fault, FaultCode, FormatError
 from vsnapfs.volume.statefile import COPY_SIZE, SavedState, _decode, _encode
 
@@ -65,7 +72,8 @@ SUPERBLOCK = Superblock(
     fault=FAULT,
     points=(RecoveryPoint(3, 1_795_332_000_000_000_000, "夜間"), RecoveryPoint(7, -1, "")),
 )
-STATE = SavedState(True, FAULT, 3, 67_108_864, 16384, 7, 99)
+RING = RingName(bytes(range(16, 32)), 0xFD01, 2**40, 27)
+STATE = SavedState(True, FAULT, 3, 67_108_864, 16384, 7, 99, RING, bytes(range(32, 48)))
 
 
 def _digest(data: bytes) -> int:
@@ -102,6 +110,15 @@ def test_the_bytes_of_a_superblock() -> None:
     assert _digest(data) == 0xCD2A11A4A8E6D31A
 
 
+def test_the_bytes_that_name_a_write_buffer() -> None:
+    """Its id, the boot id, the last suspect point; then the replica and the tmpfs, by number."""
+    data = replace(SUPERBLOCK, ring=RING, boot=bytes(range(32, 48)), suspect=5).encode()
+    assert data[256:320].hex(" ", 8) == (
+        "1011121314151617 18191a1b1c1d1e1f 2021222324252627 28292a2b2c2d2e2f "
+        "0500000000000000 01fd000000000000 0000000000010000 1b00000000000000"
+    )
+
+
 def test_the_bytes_of_a_descriptor_sector() -> None:
     """Checksum, area, barrier, number, fresh mask, then twenty descriptors of 24 bytes."""
     data = bytes(_sector().data)
@@ -119,9 +136,9 @@ def test_the_bytes_of_a_state_file() -> None:
     data = _encode(STATE, VOLUME_ID, 5)
     assert len(data) == COPY_SIZE
     assert data[:40].hex(" ", 8) == (
-        "56534e4150535400 010000009c010000 0001020304050607 08090a0b0c0d0e0f 0500000000000000"
+        "56534e4150535400 0100000010020000 0001020304050607 08090a0b0c0d0e0f 0500000000000000"
     )
-    assert _digest(data) == 0xEB7978FB4D406728
+    assert _digest(data) == 0xE960B3CE51F2F27
 
 
 def test_the_bytes_of_a_new_table() -> None:
@@ -169,6 +186,8 @@ def superblocks(draw: st.DrawFn) -> Superblock:
             RecoveryPoint(number, draw(st.integers(-(2**63), 2**63 - 1)), text)
             for number, text in zip(found, texts, strict=True)
         ),
+        ring=draw(st.sampled_from([NO_RING, RING])),
+        boot=draw(st.binary(min_size=16, max_size=16)),
     )
 
 

@@ -5,7 +5,9 @@ Each test runs pytest in a process of its own over one small test file next to a
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,10 +25,11 @@ Inner = Callable[..., "subprocess.CompletedProcess[str]"]
 def inner(tmp_path: Path) -> Inner:
     """Run pytest over the given test code, as if `fuse` were the machine's /dev/fuse."""
 
-    def run(code: str, *, ci: bool = False, fuse: str = "/dev/fuse") -> object:
+    def run(code: str, *options: str, ci: bool = False, fuse: str = "/dev/fuse") -> object:
         work = tmp_path / "inner"
-        (work / "tests").mkdir(parents=True)
-        (work / "tests" / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+        (work / "tests").mkdir(parents=True, exist_ok=True)
+        for name in ("conftest.py", "chance.py"):
+            shutil.copy(TESTS / name, work / "tests")
         house = (TESTS / "house.py").read_text()
         assert '"/dev/fuse"' in house
         (work / "tests" / "house.py").write_text(house.replace('"/dev/fuse"', repr(fuse)))
@@ -41,6 +44,7 @@ def inner(tmp_path: Path) -> Inner:
             [
                 *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
                 f"--basetemp={tmp_path / 'base'}",
+                *options,
             ],
             cwd=work,
             env=environment,
@@ -194,3 +198,122 @@ def test_an_unknown_mark_is_an_error(inner: Inner) -> None:
     result = inner("import pytest\n@pytest.mark.need_fuse\ndef test_it(): pass\n")
     assert result.returncode != 0
     assert "need_fuse" in result.stdout
+
+
+# --- chance ------------------------------------------------------------------------------------
+
+
+CHOOSING = """
+import random, trio._core._run as trio_run
+from hypothesis import given, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+def test_first(): print("<", random.random(), trio_run._r.random(), ">")
+@given(st.integers())
+def test_second(number): print("<", number, ">")
+class Machine(RuleBasedStateMachine):
+    @rule(number=st.integers(), other=st.binary())
+    def step(self, number, other): print("<", number, other, ">")
+TestThird = Machine.TestCase
+"""
+
+
+def test_choices_are_the_same_in_every_run_unless_a_search_is_asked_for(inner: Inner) -> None:
+    """Two runs draw the same; a seed draws others, and the same once more; the seed is said."""
+
+    def drawn(*options: str) -> list[str]:
+        result = inner(CHOOSING, "-s", *options)
+        assert result.returncode == 0, result.stdout
+        again = f"again with scripts/test --random={options[0][-1]}" if options else "every run"
+        assert again in next(line for line in result.stdout.splitlines() if "choices:" in line)
+        return re.findall("<.*?>", result.stdout)
+
+    usual, seven = drawn(), drawn("--hypothesis-seed=7")
+    assert len(usual) > 200
+    assert drawn() == usual
+    assert drawn("--hypothesis-seed=7") == seven
+    # Some numbers are liked by every search; the two shared generators come first.
+    assert usual[0] != seven[0]
+    assert len(set(seven) - set(usual)) > 100
+
+
+#: Programs of their own that say which seed they have taken.
+SEARCHES = {"fuzzing.py", "kill_loop.py", "processes.py"}
+SHARED_DICE = {
+    "random", "randrange", "randint", "choice", "choices", "shuffle", "sample", "uniform",
+    "randbytes", "getrandbits", "SystemRandom",
+}  # fmt: skip
+
+
+def test_no_test_chooses_by_a_chance_that_nobody_can_repeat() -> None:
+    """Every generator has a seed, and nothing is drawn from the one that all share."""
+    found = []
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            of_all = called.startswith("random.") and called[7:] in SHARED_DICE
+            unseeded = called in ("random.Random", "Random") and not node.args
+            if of_all or unseeded or called.startswith(("secrets.", "uuid.uuid")):
+                found.append((path.name, f"{path.name}:{node.lineno}: {called}"))
+    assert [text for name, text in found if name not in SEARCHES] == []
+    assert {name for name, _ in found} == SEARCHES, "the list of programs is out of date"
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+
+def test_a_process_that_grows_and_grows_gets_an_error_not_the_machine(inner: Inner) -> None:
+    """4 GiB are too much for the run, and for what it starts; large files are no matter."""
+    result = inner(
+        """
+import mmap, pytest, subprocess, sys
+def test_here():
+    with pytest.raises(MemoryError): bytearray(4 << 30)
+def test_there():
+    command = [sys.executable, "-c", "bytearray(4 << 30)"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "MemoryError" in done.stderr
+def test_files(tmp_path):
+    with (tmp_path / "sparse").open("wb+") as file:
+        file.truncate(64 << 30)
+        mmap.mmap(file.fileno(), 64 << 30).close()
+"""
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.needs_fuse
+@pytest.mark.skipif(os.geteuid() != 0, reason="ordinary users cannot everywhere")
+def test_the_run_has_its_mounts_for_itself(inner: Inner, tmp_path: Path) -> None:
+    """What it mounts is not seen outside, so nobody's copy of all mounts can hold it; and volumes
+    that were mounted before it are not held by it.
+    """
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    # What looks like a volume is enough: the name of its file system's type decides.
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    theirs = tmp_path / "theirs"
+    command = ["mount", "-i", "-t", "fuse.vsnapfs", "-o", options, "a volume", theirs]
+    try:
+        made = subprocess.run(command, pass_fds=[fd], capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        result = inner(
+            f"""
+import os, pathlib, subprocess
+def test_it():
+    assert os.readlink("/proc/self/ns/mnt") != {os.readlink("/proc/self/ns/mnt")!r}
+    subprocess.run(["mount", "-t", "tmpfs", "none", {str(tmp_path / "ours")!r}], check=True)
+    (pathlib.Path({str(tmp_path / "ours")!r}) / "inside").touch()
+    text = pathlib.Path("/proc/self/mountinfo").read_text()
+    assert {str(theirs)!r} not in text
+"""
+        )
+        assert result.returncode == 0, result.stdout
+        assert "mounts: in a namespace of their own" in result.stdout
+        assert list((tmp_path / "ours").iterdir()) == []
+        assert str(theirs) in Path("/proc/self/mountinfo").read_text(), "theirs is still mounted"
+    finally:
+        os.close(fd)
+        subprocess.run(["umount", "--lazy", theirs], capture_output=True, check=False)

@@ -296,7 +296,7 @@ class FakeVolume:
         self._image = image
         self._fail = fail
 
-    async def open(self, directory: Path) -> FakeVolume:
+    async def open(self, directory: Path, *, look_only: bool) -> FakeVolume:
         return self
 
     def resolve(self, spec: str) -> Any:
@@ -376,7 +376,7 @@ def without(path, flags, *args, **kwargs):
 os.open = without
 class Volume:
     size = 1 << 30
-    async def open(directory): return Volume
+    async def open(directory, *, look_only): return Volume
     def resolve(spec): return SimpleNamespace(number=1)
     def open_point(number): return SimpleNamespace(read=read, close=lambda: None)
     async def close(): pass

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from house import limit_memory
 from killing import Ext4Rounds, FileRounds, Rounds, Tally
 from mounted_rig import Machine, quiet
 
@@ -61,6 +62,7 @@ def _on_term(_signum: int, _frame: FrameType | None) -> None:
 def main(text: str | None = None, given: list[str] | None = None) -> int:
     """Run it; the exit code."""
     options = arguments(text, given)
+    limit_memory()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     work = Path(tempfile.mkdtemp(prefix="vsnapfs-kill-loop-", dir=options.work))

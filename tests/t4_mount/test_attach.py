@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from box import MIB, Box, wait_for
+from house import BECOME_A_USER, python_for_users
 from mounted_rig import alive
 
 from vsnapfs.daemon import mounts
@@ -140,8 +140,6 @@ def test_kill_under_a_mounted_file_system(box: Attached) -> None:
     mounts.detach_loop(box.device)
 
 
-# By another program than Python: a process that changed its own uid hides its open files.
-BECOME_A_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
 AS_A_USER = """
 import os, sys, time
 from pathlib import Path
@@ -185,21 +183,11 @@ print("all well")
 """
 
 
-def python_for_users() -> str:
-    """A Python that an ordinary user can run with our packages: not one that lies below /root."""
-    # Started once more by itself, as a server is: setpriv starts it with root's rights still.
-    again = "import numpy, pyfuse3, trio, xxhash, vsnapfs.volume"
-    probe = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {again!r}]))"
-    for python in (sys.executable, "/usr/bin/python3"):
-        command = [*BECOME_A_USER, python, "-c", probe]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            return python
-    pytest.skip("ordinary users cannot reach this Python or this checkout")
-
-
 def test_a_user_mounts_without_root() -> None:
     """Through fusermount3 an ordinary user mounts, is told who is in the way, and cleans up."""
     python = python_for_users()
+    if python is None:
+        pytest.skip("ordinary users cannot reach this Python or this checkout")
     base = Path("/tmp") / f"vsnapfs-user-{os.getpid()}"
     base.mkdir(mode=0o777)
     base.chmod(0o777)

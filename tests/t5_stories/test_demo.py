@@ -15,15 +15,26 @@ import string
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from house import ROOT, loop_devices, missing_for_loop, mounts
+from house import (
+    BECOME_A_USER,
+    ROOT,
+    loop_devices,
+    missing_for_loop,
+    mounts,
+    python_for_users,
+)
 
-from vsnapfs.demo import text_en, text_ja
-from vsnapfs.demo.machine import remove_all
+from vsnapfs.config import load
+from vsnapfs.daemon import client
+from vsnapfs.demo import clearing, text_en, text_ja
+from vsnapfs.demo.clearing import PLACE_VARIABLE, remove_all
 from vsnapfs.demo.narrator import folded
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -55,15 +66,74 @@ class Played:
     computed: list[tuple[str, str]]
 
 
-class Stage:
-    """Runs demos in a directory of their own."""
+GATE = """#!/bin/sh
+case " $* " in
+*"{when}"*)
+  if mkdir {gate}/here 2>/dev/null; then
+    while [ ! -e {gate}/go ]; do sleep 0.05; done
+  fi
+  ;;
+esac
+{then}
+"""
 
-    def __init__(self, base: Path) -> None:
+
+class Gate:
+    """Where a demo waits, in the middle of a step, until the test has done its part."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        place.mkdir()
+        place.chmod(0o777)
+
+    def reached(self, process: subprocess.Popen) -> None:
+        """Return when the demo stands there."""
+        while not (self.place / "here").exists():
+            if process.poll() is not None:
+                out, errors = process.communicate()
+                pytest.fail(f"the demo ended before: {out[-2000:]}{errors}")
+            time.sleep(0.02)
+
+    def go(self) -> None:
+        (self.place / "go").touch()
+
+
+@contextmanager
+def another_namespace(*inside: str, setup: str = "true") -> Iterator[int]:
+    """A process that stands in a copy of all mounts, as a container does that starts just now.
+
+    inside: a command to begin with, which goes into the namespace that is to be copied.
+    """
+    command = [*inside, "unshare", "--mount", "sh", "-c", f"{setup} && echo made && exec sleep 999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "made\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def into_namespace(pid: int) -> list[str]:
+    return ["nsenter", f"--target={pid}", "--mount"]
+
+
+class Stage:
+    """Runs demos in a directory of their own. before: how a command of the demo's user begins."""
+
+    def __init__(
+        self, base: Path, *, python: str = sys.executable, before: tuple[str, ...] = ()
+    ) -> None:
+        self._python = python
+        self._before = before
+        self._gate = base / "gate"
         self.tools = base / "tools"
         self.work = base / "work"
         self._record = base / "checksums"
         self.tools.mkdir()
         self.work.mkdir()
+        self.work.chmod(0o777)
 
     def tool(self, name: str, text: str) -> None:
         """Put a program before the system's own."""
@@ -71,15 +141,24 @@ class Stage:
         path.write_text(text)
         path.chmod(0o755)
 
+    def gate(self, tool: str, *, when: str = "", then: str | None = None) -> Gate:
+        """The demo waits at its first use of a tool, with a certain argument if `when` says so.
+
+        then: what the tool does instead of its own work, in shell.
+        """
+        then = then or f'exec {shutil.which(tool)} "$@"'
+        self.tool(tool, GATE.format(gate=self._gate, when=when, then=then))
+        return Gate(self._gate)
+
     def start(self, *options: str, lie_at: int = 0, path: str | None = None) -> subprocess.Popen:
         """lie_at: the number of the checksum that is shown wrong."""
         self.tool(
             "sha256sum",
-            WITNESS.format(python=sys.executable, record=str(self._record), lie_at=lie_at),
+            WITNESS.format(python=self._python, record=str(self._record), lie_at=lie_at),
         )
         path = os.environ["PATH"] if path is None else path
         return subprocess.Popen(
-            [sys.executable, "-m", "vsnapfs", "demo", "--fast", *options],
+            [*self._before, self._python, "-m", "vsnapfs", "demo", "--fast", *options],
             env=os.environ | {"TMPDIR": str(self.work), "PATH": f"{self.tools}:{path}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -105,6 +184,10 @@ class Stage:
         assert os.listdir(self.work) == []
         assert not [place for place, _, _ in mounts().values() if place.startswith(inside)]
         assert not [backing for backing in loop_devices().values() if backing.startswith(inside)]
+        mark = f"{PLACE_VARIABLE}={inside}".encode()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # ended at this moment
+                assert mark not in entry.read_bytes(), entry
 
 
 @pytest.fixture
@@ -227,6 +310,184 @@ def test_whoever_interrupts_it_finds_nothing_left(
     assert played.code == code
     assert "Removing everything" in played.out
     assert "Traceback" not in played.errors
+
+
+# --- beside others, and when something goes wrong ------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_somebody_who_copies_all_mounts_holds_none_of_the_demos(stage: Stage) -> None:
+    """A container that starts while the demo is mounted, and stays, keeps no device busy."""
+    # ext4 on the loop device is mounted, and about to be unmounted for good.
+    gate = stage.gate("umount", when=" files ")
+    process = stage.start()
+    gate.reached(process)
+    with another_namespace():
+        gate.go()
+        played = stage.end(process)
+    assert played.code == 0, played.out[-2000:] + played.errors
+    assert "18 proofs" in played.out
+    assert "mount namespace of their own" in played.out
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_nor_those_of_an_ordinary_users_demo() -> None:
+    """The same without root: the server that was unmounted ends, whoever has copied its mount."""
+    python = python_for_users()
+    if python is None:
+        pytest.skip("ordinary users cannot reach this Python or this checkout")
+    base = Path("/tmp") / f"vsnapfs-user-{os.getpid()}"
+    base.mkdir()
+    base.chmod(0o777)
+    # Where /dev/fuse is open to users, as on a usual machine.
+    opened = (
+        f"mknod {base}/fuse c 10 229 && chmod 666 {base}/fuse && mount --bind {base}/fuse /dev/fuse"
+    )
+    try:
+        with another_namespace(setup=opened) as usual:
+            before = (*into_namespace(usual), *BECOME_A_USER)
+            stage = Stage(base, python=python, before=before)
+            gate = stage.gate("od")
+            process = stage.start()
+            gate.reached(process)
+            with another_namespace(*into_namespace(usual)):
+                gate.go()
+                played = stage.end(process)
+        assert played.code == 0, played.out[-2000:] + played.errors
+        assert "18 proofs" in played.out
+        assert "mount namespace of their own" in played.out
+        stage.assert_nothing_left()
+    finally:
+        shutil.rmtree(base)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_a_step_that_fails_leaves_nothing(stage: Stage) -> None:
+    """A command that fails and leaves ext4 frozen: which one it was, exit code 1, all removed."""
+    stage.tool("fsfreeze", f'#!/bin/sh\n{shutil.which("fsfreeze")} "$@"\n[ "$1" != --freeze ]\n')
+    played = stage.play()
+    assert played.code == 1
+    assert "fsfreeze --freeze files" in played.out.split("✘")[1]
+    assert played.errors == ""
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_a_killed_server_ends_the_demo_and_leaves_nothing(stage: Stage) -> None:
+    """SIGKILL of a process of the demo's: exit code 1, and not even shared memory is left."""
+    gate = stage.gate("fio", when=" --randseed=3 ")
+    process = stage.start()
+    gate.reached(process)
+    (volume,) = stage.work.glob("*/vol1")
+    volume_id = load(volume).volume_id
+    server = client.server_pid(volume)
+    assert server is not None
+    assert list(Path("/dev/shm").glob(f"vsnapfs-{volume_id}-*"))
+    os.kill(server, signal.SIGKILL)
+    gate.go()
+    played = stage.end(process)
+    assert played.code == 1
+    assert played.errors == ""
+    assert not list(Path("/dev/shm").glob(f"vsnapfs-{volume_id}-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_what_cannot_be_removed_is_named_with_what_removes_it(stage: Stage) -> None:
+    """A loop device that somebody has open, and a file that cannot be deleted: a line for each,
+    with who holds it, exit code 1; the commands shown remove them.
+    """
+    gate = stage.gate("fsfreeze", then="exit 1")
+    process = stage.start()
+    gate.reached(process)
+    (directory,) = stage.work.iterdir()
+    (device,) = [
+        device for device, backing in loop_devices().items() if backing.startswith(f"{directory}/")
+    ]
+    (directory / "stays").touch()
+    fixed = subprocess.run(["chattr", "+i", directory / "stays"], capture_output=True, check=False)
+    try:
+        with Path(device).open("rb"):
+            gate.go()
+            played = stage.end(process)
+    finally:
+        subprocess.run(["chattr", "-i", directory / "stays"], capture_output=True, check=False)
+    assert played.code == 1
+    lines = [line.strip() for line in played.errors.splitlines()]
+    assert lines[0] == text_en.TEXT["left"].partition("\n")[0]
+    assert f"loop device {device} (open in process {os.getpid()})" in lines
+    assert f"losetup --detach {device}" in lines
+    if fixed.returncode == 0:  # not every file system can do that
+        assert f"directory {directory}" in lines
+        removing = lines[lines.index(f"directory {directory}") + 1]
+        subprocess.run(["sh", "-c", removing], check=True)
+    # Its holder is gone, and so it goes by itself.
+    while loop_devices().get(device, "").startswith(f"{directory}/"):
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_fuse
+@pytest.mark.needs_loop
+@pytest.mark.needs_fio
+def test_a_copy_made_inside_holds_nothing_when_a_step_fails(stage: Stage) -> None:
+    """Who has copied the demo's own mounts loses them when it cleans up."""
+    gate = stage.gate("fsfreeze", then="exit 1")
+    process = stage.start()
+    gate.reached(process)
+    with another_namespace(*into_namespace(process.pid)):
+        gate.go()
+        played = stage.end(process)
+        stage.assert_nothing_left()
+    assert played.code == 1
+    assert played.errors == ""
+
+
+@pytest.mark.needs_loop
+def test_mounts_and_processes_that_stay_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What resists is named, with its command; nothing is deleted through a mount that stays."""
+    monkeypatch.setattr(clearing, "_unmount_all", lambda _directory: None)
+    monkeypatch.setattr(clearing, "_end_processes", lambda _directory: None)
+    directory = tmp_path / "a demo"
+    place = directory / "mnt"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    environment = os.environ | {PLACE_VARIABLE: str(directory)}
+    process = subprocess.Popen(["sleep", "999"], env=environment)
+    try:
+        (place / "kept").touch()
+        killing = f"kill -KILL {process.pid}"
+        removing = f"rm -rf --one-file-system '{directory}'"
+        named = [
+            (f"process {process.pid}", killing),
+            (f"mount {place}", f"umount --lazy '{place}'"),
+            (f"directory {directory}", removing),
+        ]
+        assert [(left.what, left.command) for left in remove_all(directory)] == named
+        # In a namespace of its own, a mount goes with the last process in it.
+        named[1] = (f"mount {place}", killing)
+        found = remove_all(directory, own_mounts=True)
+        assert [(left.what, left.command) for left in found] == named
+        assert (place / "kept").exists()
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(["umount", place], check=True)
 
 
 def test_a_missing_program_is_named(stage: Stage) -> None:

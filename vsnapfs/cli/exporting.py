@@ -170,7 +170,7 @@ async def _open_here(volume: Path, point: str) -> AsyncIterator[_Source]:
     """
     from vsnapfs.volume import Volume
 
-    opened: Any = await Volume.open(volume)
+    opened: Any = await Volume.open(volume, look_only=True)
     try:
         number = opened.resolve(point).number
         handle = opened.open_point(number)

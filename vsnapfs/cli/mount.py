@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note, warn
+from vsnapfs.cli.output import confirm, note, warn
 from vsnapfs.cli.params import FileType, SizeType, VolumeNameType, lang_option, volume_argument
 from vsnapfs.cli.volumes import find_mount, find_volume
-from vsnapfs.config import DURABILITIES, Durability, shown
+from vsnapfs.config import DURABILITIES, Durability, check_write_buffer, shown
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
 
@@ -46,8 +46,16 @@ from vsnapfs.errors import BusyError, UsageError, VsnapError
     type=SizeType(zero=True),
     default="64MiB",
     show_default=True,
-    help="Shared memory in which writes are acknowledged before they are carried out; 0: none.",
+    help="Shared memory in which writes are acknowledged before they are carried out: 4MiB or "
+    "more, 0 for none.",
 )
+@click.option(
+    "--give-up-write-buffer",
+    is_flag=True,
+    help="Mount without the acknowledged writes of a write buffer that is lost for good and keeps "
+    "the volume closed. The event log says so. One that can be used is carried out all the same.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask before a write buffer is given up.")
 @lang_option("MOUNTPOINT/events.log")
 def mount(
     volume: Path,
@@ -57,6 +65,8 @@ def mount(
     accept_changed_replica: bool,
     durability: Durability | None,
     write_buffer: int,
+    give_up_write_buffer: bool,
+    yes: bool,
     lang: str,
 ) -> None:
     """Mount a volume on an existing, empty directory.
@@ -65,6 +75,13 @@ def mount(
     volume that is offline can be mounted too: its recovery points are readable.
     """
     place = Path(os.path.abspath(mountpoint))
+    check_write_buffer(write_buffer)
+    if give_up_write_buffer and not yes:
+        confirm(
+            f"Acknowledged writes of {shown(volume)} that cannot be carried out now will be lost "
+            "for ever. Go on?",
+            option="--yes",
+        )
     from vsnapfs.daemon import client, process, server
 
     accept = accept_changed_replica
@@ -77,6 +94,7 @@ def mount(
             accept_changed_replica=accept,
             durability=durability,
             write_buffer=write_buffer,
+            give_up_write_buffer=give_up_write_buffer,
             lang=lang,
             warn=warn,
             ready=lambda: note(
@@ -91,6 +109,7 @@ def mount(
         accept_changed_replica=accept,
         durability=durability,
         write_buffer=write_buffer,
+        give_up_write_buffer=give_up_write_buffer,
         lang=lang,
         warn=warn,
     )

@@ -27,8 +27,8 @@ EXIT_FAULT = 3
 def status(ctx: click.Context, volumes: tuple[str, ...], as_json: bool) -> None:
     """Show state, sizes and faults. Without VOLUME: of every volume mounted on this machine.
 
-    Exits with 3 when a volume is offline by a fault, otherwise with 1 when a volume could not be
-    looked at, otherwise with 0.
+    Exits with 3 when a volume is offline by a fault, otherwise with 1 when a volume must stay
+    closed or could not be looked at, otherwise with 0.
     """
     names = volumes or tuple(dict.fromkeys(str(mount.volume) for mount in mounted()))
     reports = [_report(name) for name in names]
@@ -41,7 +41,7 @@ def status(ctx: click.Context, volumes: tuple[str, ...], as_json: bool) -> None:
         _show(reports)
     if any(report.get("fault") for report in reports):
         ctx.exit(EXIT_FAULT)
-    if any(report.get("error") for report in reports):
+    if any(report.get("error") or report.get("state") == "closed" for report in reports):
         ctx.exit(EXIT_ERROR)
 
 

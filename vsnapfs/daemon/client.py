@@ -40,6 +40,8 @@ _SILENCE_SECONDS = 30.0
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
 _SERVER_ONLY = ("stop",)
+# What needs nothing but the recovery points, which a volume that must stay closed still has.
+_LOOKING = ("status", "rp_list", "rp_resolve", "verify")
 # No answer comes near: verify's with a million problems has some 200 MB.
 _LONGEST_ANSWER = 1 << 30
 
@@ -250,7 +252,8 @@ def _do(folder: Path, op: str, params: Mapping[str, Any], progress: Progress | N
     dry_run = params.get("dry_run") is True
 
     async def main() -> Any:
-        volume = await _open_here(folder, dry_run=dry_run)
+        look_only = operation.name in _LOOKING
+        volume = await _open_here(folder, dry_run=dry_run, look_only=look_only)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(volume.run)
@@ -275,11 +278,11 @@ async def _close(volume: Volume) -> None:
         await volume.close()
 
 
-async def _open_here(folder: Path, *, dry_run: bool) -> Volume:
+async def _open_here(folder: Path, *, dry_run: bool, look_only: bool) -> Volume:
     from vsnapfs.volume import Volume
 
     try:
-        return await Volume.open(folder, dry_run=dry_run)
+        return await Volume.open(folder, dry_run=dry_run, look_only=look_only)
     except VsnapError as error:
         if error.code == "busy":
             raise _Locked(error) from error

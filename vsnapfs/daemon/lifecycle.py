@@ -99,6 +99,7 @@ class Server:
         accept_changed_replica: bool,
         durability: Durability | None = None,
         write_buffer: int = DEFAULT_WRITE_BUFFER,
+        give_up_write_buffer: bool = False,
         lang: str,
         ready: Callable[[list[str]], None],
     ) -> None:
@@ -107,6 +108,7 @@ class Server:
             "accept_changed_replica": accept_changed_replica,
             "durability": durability,
             "write_buffer": write_buffer,
+            "give_up_write_buffer": give_up_write_buffer,
         }
         self._lang = lang
         self._ready = ready

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
+from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, check_write_buffer, shown
 from vsnapfs.daemon import preflight, process
 from vsnapfs.daemon.lifecycle import Server
 from vsnapfs.errors import VsnapError
@@ -37,6 +37,7 @@ def serve(
     accept_changed_replica: bool = False,
     durability: Durability | None = None,
     write_buffer: int = DEFAULT_WRITE_BUFFER,
+    give_up_write_buffer: bool = False,
     lang: str = "en",
     ready: Callable[[], None] | None = None,
     warn: Callable[[str], None] | None = None,
@@ -44,11 +45,13 @@ def serve(
     """Mount the volume and serve it in this process until it is unmounted or a signal comes.
 
     options: as of -o. durability: other than volume.toml says. write_buffer: bytes, 0 for none.
+    give_up_write_buffer: go on without a write buffer that cannot be used and keeps it closed.
     lang: language of events.log in the mount ("en", "ja"). ready: called once
     the mount can be used; warn, before that, with each thing the administrator should know.
     Returns after a clean close. VsnapError if it cannot be mounted, or if closing fails. Uses the
     main thread's signals; one mount a process.
     """
+    check_write_buffer(write_buffer)
     plan = preflight.check(directory, mountpoint, options)
     process.prepare()
 
@@ -63,6 +66,7 @@ def serve(
         accept_changed_replica=accept_changed_replica,
         durability=durability,
         write_buffer=write_buffer,
+        give_up_write_buffer=give_up_write_buffer,
         lang=lang,
         ready=on_ready,
     )
@@ -77,6 +81,7 @@ def spawn(
     accept_changed_replica: bool = False,
     durability: Durability | None = None,
     write_buffer: int = DEFAULT_WRITE_BUFFER,
+    give_up_write_buffer: bool = False,
     lang: str = "en",
     warn: Callable[[str], None] | None = None,
 ) -> int:
@@ -86,6 +91,7 @@ def spawn(
     what it left in server.log.
     """
     # Checked here already, so that nothing is even started for a misspelt name.
+    check_write_buffer(write_buffer)
     plan = preflight.check(directory, mountpoint, options)
     settings = {
         "directory": str(plan.directory),
@@ -94,6 +100,7 @@ def spawn(
         "accept_changed_replica": accept_changed_replica,
         "durability": durability,
         "write_buffer": write_buffer,
+        "give_up_write_buffer": give_up_write_buffer,
         "lang": lang,
     }
     log = process.open_log(plan.directory)

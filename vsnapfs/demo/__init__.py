@@ -10,7 +10,9 @@ is proved by a checksum, or the demo ends with an error.
     stage.py      what stands on the volume: ext4 on a loop device, or the bare FUSE file
     shell.py      running commands as typed, ending them as a group
     narrator.py   what it looks like; pauses
-    machine.py    what this machine can do, the temporary directory, cleaning up
+    machine.py    what this machine can do, the temporary directory
+    namespace.py  mounts that nobody else's mount namespace holds
+    clearing.py   removing everything, and naming what is left
     text_en.py, text_ja.py   all sentences
 """
 
@@ -36,25 +38,28 @@ def run_demo(lang: str, fast: bool) -> int:
     """Tell the whole story. Returns the exit code: 0, or 1 if something was not as told.
 
     lang: "en" or "ja". fast: smaller sizes, no pauses. VsnapError if this machine lacks something
-    without which there is no story. Whatever ends it, what it made is removed.
+    without which there is no story. Whatever ends it, what it made is removed, and what cannot be
+    is named on stderr.
     """
     text = _TEXTS[lang]
-    machine = look_around(text)
     narrator = Narrator(text, pauses=not fast and sys.stdout.isatty(), lang=lang)
-    started = time.monotonic()
-    with unwinding(), Workplace(narrator, fast=fast) as place:
-        shell = Shell(place.directory, narrator, lang)
-        story = Story(shell, narrator, machine, lang=lang, fast=fast)
-        try:
-            story.tell()
-        except StoryError as error:
-            narrator.alarm(str(error))
-            _show_server_log(shell, narrator)
+    with unwinding():
+        machine = look_around(text)
+        started = time.monotonic()
+        proofs: int | None = None
+        workplace = Workplace(narrator, fast=fast, own_mounts=not machine.why_shared)
+        with workplace as place:
+            shell = Shell(place.directory, narrator, lang)
+            story = Story(shell, narrator, machine, lang=lang, fast=fast)
+            try:
+                story.tell()
+                proofs = story.proofs
+            except StoryError as error:
+                narrator.alarm(str(error))
+                _show_server_log(shell, narrator)
+        if proofs is None or place.left:
             return EXIT_FAILED
-    if place.left:
-        narrator.alarm(narrator.text("left", what="\n".join(place.left)))
-        return EXIT_FAILED
-    narrator.ending(proofs=story.proofs, seconds=time.monotonic() - started)
+        narrator.ending(proofs=proofs, seconds=time.monotonic() - started)
     return 0
 
 

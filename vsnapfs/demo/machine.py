@@ -1,9 +1,8 @@
-"""What this machine can do, where the demo works, and removing all of it again.
+"""What this machine can do, and where the demo works.
 
-Owns the temporary directory. Promises that whatever ends the demo (the last chapter, an error,
-Ctrl-C, SIGTERM), nothing stays: everything mounted below that directory, every loop device over a
-file in it and the process that serves the volume are ours by their place, and only those are
-touched.
+Owns the temporary directory and the mounts' being out of everybody's way (`namespace`). Promises
+that whatever ends the demo (the last chapter, an error, Ctrl-C, SIGTERM), all of it is removed
+(`clearing`), and that what could not be removed is named on stderr.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +21,12 @@ from typing import Self
 
 from vsnapfs.cli.output import clean
 from vsnapfs.daemon import mounts
+from vsnapfs.demo.clearing import WITH_SBIN, Left, quiet, remove_all
+from vsnapfs.demo.namespace import own_namespace
 from vsnapfs.demo.narrator import Narrator
 from vsnapfs.errors import VsnapError
 from vsnapfs.units import format_size
 
-_SBIN = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 # Program → the Debian package that has it.
 _ALWAYS = {"sh": "dash", "fio": "fio", "sha256sum": "coreutils", "dd": "coreutils"}
 _AS_ROOT = {
@@ -42,21 +40,25 @@ _AS_ROOT = {
 # File systems that are no disk: what is shown there would say nothing about durability.
 _MEMORY = ("tmpfs", "ramfs")
 _SPACE = {True: 400 << 20, False: 900 << 20}  # bytes that --fast, and the whole story, may take
-_PATIENCE = 30.0
-# Set for every command of the demo, and so for whatever they start.
-PLACE_VARIABLE = "VSNAPFS_DEMO_PLACE"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """full: with ext4 on a loop device. why_not: what stands in the way of that, else ""."""
+    """full: with ext4 on a loop device. why_not: what stands in the way of that, else "".
+
+    why_shared: what stands in the way of a mount namespace of our own, "" when we are in one.
+    """
 
     full: bool
     why_not: str
+    why_shared: str
 
 
 def look_around(text: Mapping[str, str]) -> Machine:
-    """What can be shown here. VsnapError, with what to install, if a program is missing."""
+    """What can be shown here. VsnapError, with what to install, if a program is missing.
+
+    From then on we are in a mount namespace of our own, if there can be one.
+    """
     root = os.geteuid() == 0
     wanted = _ALWAYS | (_AS_ROOT if root else {})
     missing = {tool: package for tool, package in wanted.items() if not _which(tool)}
@@ -66,43 +68,31 @@ def look_around(text: Mapping[str, str]) -> Machine:
             hint=f"apt-get install {' '.join(sorted(set(missing.values())))}",
             code="missing-tools",
         )
+    why_shared = own_namespace(_place())
+    why_not = ""
     if not root:
-        return Machine(full=False, why_not=text["why_no_root"])
-    problem = _loop_problem()
-    if problem:
-        return Machine(full=False, why_not=text["why_no_loop"].format(reason=problem))
-    return Machine(full=True, why_not="")
+        why_not = text["why_no_root"]
+    elif problem := _loop_problem():
+        why_not = text["why_no_loop"].format(reason=problem)
+    return Machine(full=not why_not, why_not=why_not, why_shared=why_shared)
 
 
 def _which(tool: str) -> str | None:
-    return shutil.which(tool, path=_SBIN)
+    return shutil.which(tool, path=WITH_SBIN)
 
 
 def _loop_problem() -> str:
     """Why no loop device can be had, or "". Tries it: containers only look as if they could."""
-    with tempfile.NamedTemporaryFile(prefix="vsnapfs-demo-", dir=_place()) as file:
-        file.truncate(1 << 20)
-        code, output = _quiet("losetup", "--find", "--show", file.name)
-        if code:
-            return " ".join(output.split()) or f"losetup: {code}"
-        _quiet("losetup", "--detach", output.strip())
-    return ""
-
-
-def _quiet(*command: str, timeout: float = _PATIENCE) -> tuple[int, str]:
-    """Run a helper unseen, out of reach of Ctrl-C; exit code (-1: did not end) and output."""
-    program = _which(command[0])
-    if program is None:
-        return 127, f"{command[0]} is not installed"
-    try:
-        done = subprocess.run(
-            [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", timeout=timeout, check=False,
-            start_new_session=True,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return -1, f"{command[0]} did not end"
-    return done.returncode, done.stdout
+    with tempfile.TemporaryDirectory(prefix="vsnapfs-demo-", dir=_place()) as name:
+        image = Path(name).resolve() / "image"
+        image.touch(0o600)
+        os.truncate(image, 1 << 20)
+        try:
+            code, output = quiet("losetup", "--find", "--show", str(image))
+        finally:  # Ctrl-C may come between its work and its answer.
+            for device in mounts.loop_devices(image.parent):
+                quiet("losetup", "--detach", device)
+    return (" ".join(output.split()) or f"losetup: {code}") if code else ""
 
 
 def _place() -> Path:
@@ -129,10 +119,11 @@ def _filesystem(place: Path) -> str:
 class Workplace:
     """A context: the directory in which everything happens. `left`: what could not be removed."""
 
-    def __init__(self, narrator: Narrator, *, fast: bool) -> None:
+    def __init__(self, narrator: Narrator, *, fast: bool, own_mounts: bool) -> None:
         self._narrator = narrator
         self._fast = fast
-        self.left: list[str] = []
+        self._own_mounts = own_mounts
+        self.left: list[Left] = []
         self.directory = Path()
 
     def __enter__(self) -> Self:
@@ -150,7 +141,16 @@ class Workplace:
                 hint=self._narrator.text("no_space_hint"),
                 code="no-space",
             )
-        self.directory = Path(tempfile.mkdtemp(prefix="vsnapfs-demo-", dir=place)).resolve()
+        ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        try:
+            self.directory = Path(tempfile.mkdtemp(prefix="vsnapfs-demo-", dir=place)).resolve()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:  # Nobody calls `__exit__` yet.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if self.directory != Path():
+                self.directory.rmdir()
+            raise
         return self
 
     def __exit__(
@@ -159,7 +159,7 @@ class Workplace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove everything. A second Ctrl-C does not stop this."""
+        """Remove everything, or say what is left. A second Ctrl-C does not stop this."""
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
         try:
@@ -167,83 +167,11 @@ class Workplace:
                 # Nobody may be reading any more (a closed pipe), which is no reason to stop.
                 with contextlib.suppress(OSError):
                     self._narrator.note(self._narrator.text("cleaning"))
-            self.left = remove_all(self.directory)
-            if self.left and kind is not None:
-                print(*map(clean, self.left), sep="\n", file=sys.stderr)  # noqa: T201 - last words
+            self.left = remove_all(self.directory, own_mounts=self._own_mounts)
+            if self.left:
+                what = "\n".join(f"  {clean(str(thing))}" for thing in self.left)
+                with contextlib.suppress(OSError):
+                    print(self._narrator.text("left", what=what), file=sys.stderr)  # noqa: T201 - last words
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-# -- removing -----------------------------------------------------------------------------------
-
-
-def remove_all(directory: Path) -> list[str]:
-    """Unmount, detach, end, remove, in this order. What is left, one line each."""
-    # More than once: a server that was just starting may mount after the first look.
-    for _ in range(3):
-        _unmount_all(directory)
-        _end_processes(directory)
-        if not _mounts_below(directory) and not _processes(directory):
-            break
-    left = [f"mount: {mount.mountpoint}" for mount in _mounts_below(directory)]
-    left += [f"loop device: {device}" for device in mounts.loop_devices(directory)]
-    left += [f"process: {pid}" for pid in _processes(directory)]
-    if not left:  # never through a mount
-        shutil.rmtree(directory, ignore_errors=True)
-    if directory.exists():
-        left.append(f"directory: {directory}")
-    return left
-
-
-def _unmount_all(directory: Path) -> None:
-    for mount in _mounts_below(directory):
-        if mount.fstype != mounts.FSTYPE:
-            _quiet("fsfreeze", "--unfreeze", str(mount.mountpoint))  # in case it was left so
-            if _quiet("umount", str(mount.mountpoint))[0]:
-                _quiet("umount", "--lazy", str(mount.mountpoint))
-    for device in mounts.loop_devices(directory):
-        _quiet("losetup", "--detach", device)
-    for mount in _mounts_below(directory):
-        _unmount_volume(mount)
-
-
-def _mounts_below(directory: Path) -> list[mounts.Mount]:
-    """Newest first."""
-    return [mount for mount in mounts.all_mounts() if directory in mount.mountpoint.parents][::-1]
-
-
-def _unmount_volume(mount: mounts.Mount) -> None:
-    try:
-        mounts.unmount(mount)
-    except (VsnapError, OSError):
-        with contextlib.suppress(VsnapError, OSError):
-            mounts.unmount_now(mount.mountpoint, lazy=True)
-
-
-def _processes(directory: Path) -> list[int]:
-    """Living processes that the demo started, however they detached themselves since."""
-    mark = os.fsencode(f"{PLACE_VARIABLE}={directory}")
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):  # ended at this moment, or somebody else's
-                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
-
-
-def _end_processes(directory: Path) -> None:
-    """A server that has just been unmounted ends by itself; what does not is told to, then made."""
-    for sent in (None, signal.SIGTERM, signal.SIGKILL):
-        for pid in _processes(directory):
-            if sent is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, sent)
-        end = time.monotonic() + (2.0 if sent is None else 10.0)
-        while _processes(directory):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.05)
-        else:
-            return

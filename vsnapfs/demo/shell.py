@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vsnapfs.demo.machine import PLACE_VARIABLE
+from vsnapfs.demo.clearing import PLACE_VARIABLE, WITH_SBIN
 from vsnapfs.demo.narrator import Narrator
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -62,7 +62,7 @@ class Shell:
             # Tools speak as they do everywhere, so that their numbers can be read.
             "LC_ALL": "C.UTF-8",
             # mkfs, losetup and fsfreeze live in sbin.
-            "PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")),
+            "PATH": WITH_SBIN,
         }
 
     def run(self, command: str, *, codes: tuple[int, ...] | None = (0,)) -> Done:

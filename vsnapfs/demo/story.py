@@ -73,6 +73,8 @@ class Story:
         if not self._machine.full:
             self._say("left_out", reason=self._machine.why_not)
         self._say("place", place=self._shell.directory)
+        why_shared = self._machine.why_shared
+        self._say("shared_mounts" if why_shared else "own_mounts", reason=why_shared)
 
     def _make_a_volume(self) -> None:
         self._narrator.chapter("volume.title")

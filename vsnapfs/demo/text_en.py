@@ -16,6 +16,16 @@ TEXT = {
         "Everything you will see is real: every command runs on this machine just as it is "
         "shown, in {place}, which is removed afterwards, also after Ctrl-C. Enter skips a pause."
     ),
+    "own_mounts": (
+        "Its mounts are in a mount namespace of their own: other programs neither see nor hold "
+        "them. (Else a container or service that starts meanwhile would copy all mounts, and keep "
+        "a loop device busy until it ends.)"
+    ),
+    "shared_mounts": (
+        "This system gives no mount namespace of its own here ({reason}). So a container or a "
+        "service that starts meanwhile copies the demo's mounts and can hold them: then a step "
+        "fails with “in use”."
+    ),
     "left_out": (
         "Left out here: the loop device with an ext4 file system on it, and looking at the files "
         "inside recovery points, because {reason}. The same story is told on the volume's file, "
@@ -179,7 +189,10 @@ TEXT = {
     ),
     "ending": "{proofs} proofs, every one of them right, in {seconds} seconds. Nothing is left.",
     "cleaning": "Removing everything the demo has made …",
-    "left": "The demo could not remove everything it had made:\n{what}",
+    "left": (
+        "The demo could not remove everything it had made. What is left, and what removes it:\n"
+        "{what}"
+    ),
     # -- trouble
     "exit_code": "exit code {code}",
     "more_lines": "{count} lines more",

@@ -35,7 +35,7 @@ from .layout import (
 )
 from .slots import SlotMap
 from .store import AreaStore
-from .superblock import Superblock, unfinished
+from .superblock import NO_RING, RingName, Superblock, unfinished
 
 Copy = tuple[int, int, int]
 """Block, epoch and slot of a preserved block, the slot as the index has it."""
@@ -77,14 +77,15 @@ class DiffArea(AreaStore):
         replica_size: int,
         maximum: int,
         epoch: int = 0,
-        ring: bytes = bytes(16),
+        generation: int = 0,
+        ring: RingName = NO_RING,
         boot: bytes = bytes(16),
     ) -> DiffArea:
         """Make an empty diff area of at most `maximum` bytes in `backing`.
 
-        epoch: numbers up to it were used by an earlier area of this volume. ring, boot: the write
-        buffer in use, as in `Superblock`. UsageError if the
-        size is impossible, OSError (ENOSPC, EOPNOTSUPP, …) if the host does not give the space.
+        epoch: numbers up to it were used by an earlier area of this volume; generation: so were
+        these. ring, boot: the write buffer in use, as in `Superblock`. UsageError if the size is
+        impossible, OSError (ENOSPC, EOPNOTSUPP, …) if the host does not give the space.
         """
         layout = Layout(block_size)
         check_maximum(layout, maximum)
@@ -103,6 +104,7 @@ class DiffArea(AreaStore):
             replica_size=replica_size,
             maximum=maximum,
             allocated=allocated,
+            generation=generation,
             epoch=epoch,
             ring=ring,
             boot=boot,

@@ -23,7 +23,7 @@ from .layout import (
     TABLE_SIZE,
     Layout,
 )
-from .superblock import FORMAT_VERSION, Superblock, decode
+from .superblock import FORMAT_VERSION, NO_RING, Superblock, decode
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -85,6 +85,7 @@ def _inspect(path: Path, fd: int) -> dict[str, Any]:
         "metadata": layout.metadata_size(slots),
         "epoch": newest.epoch,
         "restoring": newest.restoring,
+        "write_buffer": _ring(newest),
         "replica_identity": newest.replica._asdict() if newest.clean else None,
         "fault": newest.fault.to_json() if newest.fault else None,
         "recovery_points": [
@@ -97,6 +98,15 @@ def _inspect(path: Path, fd: int) -> dict[str, Any]:
             if layout.group_start(group) < size  # the file may be shorter than it says
         ],
     }
+
+
+def _ring(superblock: Superblock) -> dict[str, Any] | None:
+    """The write buffer that the next opening in the same life of the machine carries out."""
+    name = superblock.ring
+    if name == NO_RING:
+        return None
+    place = {"replica_device": name.device, "replica_inode": name.inode, "memory": name.memory}
+    return {"ring_id": name.ring_id.hex(), "boot": superblock.boot.hex()} | place
 
 
 def _group(fd: int, layout: Layout, group: int, slots: int, area_id: int) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class AreaStore:
         """True after a failed barrier or sync: nothing can be made durable before `rollback`."""
         return bool(self._suspects) or self._sync_failed
 
+    @property
+    def newest_generation(self) -> int:
+        """The highest generation that the disk may hold."""
+        return max(self._generations)
+
     # -- the superblock -------------------------------------------------------------------------
 
     def commit(self, **changes: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import xxhash
 
@@ -37,7 +38,7 @@ _FAULT_OFFSET, _FAULT_MAX = 512, 3580
 _CATALOG_OFFSET = 4096
 _ENTRY = struct.Struct(f"<IIq{MAX_LABEL}s")
 _CHECK_OFFSET = SUPERBLOCK_SIZE - 8
-_BUFFER = struct.Struct("<16s16sI")
+_BUFFER = struct.Struct("<16s16sIxxxx3Q")
 _BUFFER_OFFSET = 256
 _CLEAN, _PROCESS = 1, 2
 _NO_ID = bytes(16)
@@ -53,6 +54,21 @@ class RecoveryPoint:
     label: str = ""
 
 
+class RingName(NamedTuple):
+    """Which write buffer is in use: its random id, the replica it belongs to, and where it lies.
+
+    device, inode: the replica's, as in `backing.FileId`. memory: the device number of the tmpfs.
+    """
+
+    ring_id: bytes = _NO_ID
+    device: int = 0
+    inode: int = 0
+    memory: int = 0
+
+
+NO_RING = RingName()
+
+
 @dataclass(frozen=True)
 class Superblock:
     """One state of a diff area. Sizes in bytes.
@@ -61,8 +77,8 @@ class Superblock:
     epoch: the number of the newest point ever created (0: none yet), and so the epoch that
     copies are made in. restoring: the point an in-place restore is bringing back, or 0.
     replica: the replica as a clean close left it (only meaningful when `clean`).
-    ring: the write buffer in use, which the next opening empties (zeros: none). boot: the life of
-    the machine in which this was written (meaningful with `ring` and `process`).
+    ring: the write buffer in use, which the next opening empties. boot: the life of the machine in
+    which this was written (meaningful with `ring` and `process`).
     process: copies are not made durable before blocks are overwritten (durability "process").
     suspect: points up to this number lived through a power failure like that.
     """
@@ -80,7 +96,7 @@ class Superblock:
     replica: Identity = _ZEROS
     fault: Fault | None = None
     points: tuple[RecoveryPoint, ...] = field(default=())
-    ring: bytes = _NO_ID
+    ring: RingName = NO_RING
     boot: bytes = _NO_ID
     process: bool = False
     suspect: int = 0
@@ -108,7 +124,8 @@ class Superblock:
             SLOTS_PER_GROUP,
             *self.replica,
         )
-        _BUFFER.pack_into(buffer, _BUFFER_OFFSET, self.ring, self.boot, self.suspect)
+        ring_id, *place = self.ring
+        _BUFFER.pack_into(buffer, _BUFFER_OFFSET, ring_id, self.boot, self.suspect, *place)
         text = _fault_text(self.fault)
         struct.pack_into("<I", buffer, _FAULT_OFFSET, len(text))
         buffer[_FAULT_OFFSET + 4 : _FAULT_OFFSET + 4 + len(text)] = text
@@ -156,7 +173,7 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
         raise FormatError("the superblock fails its checksum", code="checksum")
     (_, _, _, volume_id, generation, barrier, block_size, flags, *rest) = head
     replica_size, maximum, allocated, epoch, restoring, count, slots_per_group, *identity = rest
-    ring, boot, suspect = _BUFFER.unpack_from(view, _BUFFER_OFFSET)
+    ring_id, boot, suspect, *place = _BUFFER.unpack_from(view, _BUFFER_OFFSET)
     _demand(slots_per_group == SLOTS_PER_GROUP, "group size")
     _demand(count <= MAX_POINTS, "number of points")
     superblock = Superblock(
@@ -173,7 +190,7 @@ def decode(data: bytes | bytearray | memoryview) -> Superblock:
         replica=Identity(*identity),
         fault=_decode_fault(view),
         points=tuple(_decode_point(view, index) for index in range(count)),
-        ring=ring,
+        ring=RingName(ring_id, *place),
         boot=boot,
         process=bool(flags & _PROCESS),
         suspect=suspect,

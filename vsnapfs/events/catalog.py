@@ -70,7 +70,7 @@ _LEVELS: dict[Source, dict[Level, tuple[int, ...]]] = {
     },
     Source.VSNAPFS: {
         Level.ERROR: (1040, 1043, 1044, 1045, 1050, 1060, 1090),
-        Level.WARNING: (1022, 1041, 1042, 1051, 1052, 1091),
+        Level.WARNING: (1022, 1041, 1042, 1049, 1051, 1052, 1053, 1054, 1055, 1091),
         Level.INFORMATION: (1000, 1001, 1002, 1010, 1011, 1020, 1021, 1023, 1030),
     },
 }

@@ -271,8 +271,8 @@ SENTENCES: dict[tuple[str, int], str] = {
         " `vsnapfs verify {VOLUME}` lists what that affects.]"
     ),
     ("vsnapfs", 1043): (
-        "The write buffer of {the_volume} cannot be read[: {cause}]. Writes that were acknowledged"
-        " and not flushed since may be lost. Recovery points are not affected."
+        "The write buffer[ {what}] of {the_volume} is lost[: {cause}]. Writes that were"
+        " acknowledged and not flushed since may be lost. Recovery points are not affected."
     ),
     ("vsnapfs", 1044): (
         "{The_volume} was closed while [{count} acknowledged writes|acknowledged writes] could not"
@@ -286,6 +286,25 @@ SENTENCES: dict[tuple[str, int], str] = {
     ("vsnapfs", 1050): (
         "The replica of {the_volume} failed[ to carry out {what}][ at {range}].[ Cause: {cause}.]"
         " The request was refused; the volume stays online."
+    ),
+    ("vsnapfs", 1049): (
+        "{The_volume} is a copy of another one, whose write buffer[ {what}] is left alone. It opens"
+        " as after a power failure: writes that the original had acknowledged and not flushed when"
+        " it was copied may be missing."
+    ),
+    ("vsnapfs", 1053): (
+        "Somebody has removed the write buffer[ {what}] of {the_volume} from shared memory. What it"
+        " holds is carried out, and a new one is made. Had the server been killed in between,"
+        " acknowledged writes would have been lost: see RemoveIPC= of systemd-logind, and whatever"
+        " else cleans /dev/shm."
+    ),
+    ("vsnapfs", 1054): (
+        "Acknowledged writes in the write buffer[ {what}] of {the_volume} were given up on request"
+        "[: {cause}]. Recovery points are not affected."
+    ),
+    ("vsnapfs", 1055): (
+        "The write buffer of {the_volume} may not outlive its server[: {cause}]. Without a write"
+        " buffer (--write-buffer 0) nothing is acknowledged ahead."
     ),
     ("vsnapfs", 1051): (
         "The replica of {the_volume}[, {device},] was changed while vsnapfs did not serve it"

@@ -15,7 +15,8 @@ other overwrites the replica and then releases the ring. So W2 costs no write it
 * records are released before anything newer can reach the replica beside the ring.
 
 A block is dealt with either here or by the group commit of `writer`, never by both at a time.
-Leaves the ring's layout to `ring`, copying to `writer`.
+Leaves the ring's layout to `ring`, where it lies to `shm`, which one an opening may take over to
+`adoption`, copying to `writer`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,22 @@ import errno
 import itertools
 import os
 from collections import deque
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
-from ..errors import FaultCode, FaultError, FormatError
+from ..diffarea.superblock import NO_RING, RingName
+from ..errors import FaultCode, FaultError
+from .adoption import adopt, closed
 from .copying import unexpected
 from .core import Core, in_thread
 from .protection import Protection
-from .ring import LEAST, NO_ID, Record, Ring, RingStore
+from .ring import Record, Ring
+from .shm import RingStore
 
 if TYPE_CHECKING:
     from .writer import Writer
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
 #: The longest request there is through FUSE. What is longer would not fit into a small ring twice
 #: and is preserved and written directly.
 LONGEST = 1 << 20
+NO_BOOT = bytes(16)
 #: How much is carried out in one go. A full ring stands still that long; less costs more barriers.
 _BATCH = 8 << 20
 
@@ -62,9 +69,12 @@ class WriteBuffer:
         self._core = core
         self._protection = protection
         self._store = store
-        self._size = max(size, LEAST)
+        self._size = size
         self.writer: Writer
         self.ring: Ring | None = None
+        #: The ring must not be added to, only carried out: its file is gone, or it is a copy.
+        self._retired = False
+        self._given_up = False
         self.reason = "" if store is not None and size else "it is switched off"
         #: Block → records that are not yet in the replica, oldest first.
         self.pending: dict[int, list[Record]] = {}
@@ -89,7 +99,12 @@ class WriteBuffer:
     @property
     def boot(self) -> bytes:
         """The life of the machine, as the superblock records it."""
-        return self._store.boot if self._store is not None else NO_ID
+        return self._store.boot if self._store is not None else NO_BOOT
+
+    @property
+    def name(self) -> RingName:
+        """The ring that the superblock is to name."""
+        return self.ring.name if self.ring is not None else NO_RING
 
     @property
     def is_open(self) -> bool:
@@ -101,59 +116,95 @@ class WriteBuffer:
         """Whether there is somebody to carry out what it holds."""
         return self._running
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `append` may be called. If not, `start` comes first."""
+        return self.ring is not None and not self._retired
+
     async def start(self) -> None:
         """Make a ring, and let the superblock name it before anything relies on it.
 
-        Without a place for it there is no buffer, and the volume says so. FaultError 13, 14, 15.
+        One that must not be added to any more is carried out first. Without a place for it there
+        is no buffer, and the volume says so. FaultError 13, 14, 15; OSError if acknowledged writes
+        cannot be carried out.
         """
         async with self._starting:
             core, store = self._core, self._store
-            if self.ring is not None or self.reason or store is None:
+            if self.is_ready or self.reason or store is None:
                 return
+            await self.drain()
+            # Nobody can add to it meanwhile: it is empty, and stays so.
+            old, replica = self.ring, core.replica.file_id()
             try:
-                # Whatever is there was never named, or has been carried out.
-                await in_thread(store.keep_only, NO_ID, core.volume_id)
-                ring = await in_thread(store.make, self._size, core.volume_id)
+                await in_thread(store.tidy, core.volume_id, replica)
+                ring = await in_thread(store.make, self._size, core.volume_id, replica)
             except OSError as error:
                 self._give_up(f"no shared memory for it: {error.strerror or error}")
                 return
             try:
                 async with core.area_lock:
-                    await core.commit(ring=ring.ring_id)
+                    await core.commit(ring=ring.name)
             except FaultError:
                 ring.close()  # Perhaps it is named all the same. The next opening knows.
                 raise
-            self.ring = ring
+            self.ring, self._retired = ring, False
+            # Should the area be lost, nothing else would know of it.
+            with suppress(OSError):
+                await in_thread(self._protection.save)
+            if old is not None:
+                await in_thread(store.remove, old)
+                old.close()
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         text = f"writes wait for their copies, there is no write buffer: {reason}"
         self._core.log.log("vsnapfs", 1091, volume=self._core.name, reason=text)
 
-    async def adopt(self) -> None:
+    async def adopt(self, *, give_up: bool = False) -> None:
         """After opening: take over what another process has acknowledged and not carried out.
 
         An Error event says so if that is lost though the machine has been up all the time.
+        give_up: what cannot be used now is given up. VsnapError if the volume must stay closed.
         """
-        core, store, area = self._core, self._store, self._core.area
-        if area is None or store is None or area.is_old:
+        area = self._core.area
+        # An old copy of the area names a ring of its time, and may not be carried out on anyway.
+        if area is not None and not area.is_old:
+            await self._adopt(area.superblock.ring, area.superblock.boot, give_up=give_up)
+        self._given_up = give_up
+
+    async def rescue(self) -> None:
+        """The diff area that named a ring of ours is given up: take over what the state file names.
+
+        VsnapError if it cannot be used now.
+        """
+        saved = self._protection.saved
+        if self.ring is None and not self._given_up:
+            await self._adopt(saved.ring, saved.boot)
+
+    async def _adopt(self, name: RingName, boot: bytes, *, give_up: bool = False) -> None:
+        core, store = self._core, self._store
+        if store is None:
             return
-        named, problem = area.superblock.ring, "it is gone"
-        if area.superblock.boot != store.boot:
-            # The machine has been down since: nothing but what was flushed was promised.
-            named = NO_ID
-        if named == NO_ID:
+        ring = await in_thread(partial(adopt, core, store, name, boot, give_up=give_up))
+        if ring is None:
             return
+        # Of a copy nobody else would find what is added to it.
+        self.ring, self._retired = ring, ring.is_copy
         try:
-            self.ring = await in_thread(store.find, named, core.volume_id)
-        except (FormatError, OSError) as error:
-            problem = str(error)
-        if self.ring is None:
-            core.log.log("vsnapfs", 1043, volume=core.name, reason=problem)
-            return
-        for record in self.ring.records():
-            if record.offset + record.length > core.size:
-                core.log.log("vsnapfs", 1043, volume=core.name, reason="it is another replica's")
+            self._take_over(ring)
+        except MemoryError:
+            self._to_preserve.clear()
+            self.pending.clear()
+            self.close()
+            raise closed(core, "there is no memory for it", "Free some memory.") from None
+
+    def _take_over(self, ring: Ring) -> None:
+        for record in ring.records():
+            if record.offset + record.length > self._core.size:
+                name, reason = ring.name.ring_id.hex(), "it holds a write beyond the replica's end"
+                self._core.log.log(
+                    "vsnapfs", 1043, volume=self._core.name, what=name, reason=reason
+                )
                 break
             self._enter(record)
 
@@ -177,16 +228,13 @@ class WriteBuffer:
     def remove(self) -> None:
         """In a worker thread: the superblock names no ring any more."""
         if self._store is not None and not self._core.dry_run:
-            self._store.keep_only(NO_ID, self._core.volume_id)
+            if self.ring is not None:
+                self._store.remove(self.ring)
+            self._store.tidy(self._core.volume_id, self._core.replica.file_id())
 
-    async def give_up(self) -> None:
-        """The diff area that named the ring, if any, is lost and not known: so is the ring."""
-        core, store = self._core, self._store
-        if self.ring is not None or store is None:
-            return
-        if await in_thread(store.keep_only, NO_ID, core.volume_id):
-            reason = "the diff area that named it is given up"
-            core.log.log("vsnapfs", 1043, volume=core.name, reason=reason)
+    def doubt(self) -> str:
+        """Why what it holds may not outlive this process, "" if nothing speaks against that."""
+        return "" if self.reason or self._store is None else self._store.doubt()
 
     def close(self) -> None:
         """Give the memory back; the ring stays for the next opening unless it was removed."""
@@ -202,25 +250,60 @@ class WriteBuffer:
         return bool(pending) and any(block in pending for block in range(first, last + 1))
 
     def append(self, offset: int, data: Bytes) -> bool:
-        """Acknowledge a write. False if the ring is full."""
-        assert self.ring is not None
-        record = self.ring.append(offset, data)
+        """Acknowledge a write. False if the ring is full, or must not be added to any more.
+
+        Whatever it raises, the write has not been acknowledged, and nothing of it is left.
+        """
+        ring = self.ring
+        assert ring is not None
+        if not self.pending:
+            self._look_if_there()
+        if self._retired:
+            return False
+        record = ring.append(offset, data)
         if record is None:
             return False
-        self._enter(record)
+        try:
+            self._enter(record)
+        except BaseException:
+            ring.take_back(record)
+            raise
         self._arrived.set()
         return True
 
+    def _look_if_there(self) -> None:
+        """A ring that somebody has removed would not be found by whoever comes after a kill."""
+        ring, store = self.ring, self._store
+        if ring is None or store is None or self._retired or store.is_there(ring):
+            return
+        self._retired = True
+        self._core.log.log("vsnapfs", 1053, volume=self._core.name, what=ring.name.ring_id.hex())
+
     def _enter(self, record: Record) -> None:
+        pending, blocks = self.pending, self._blocks(record)
+        entered = 0
+        try:
+            for block in blocks:
+                known = pending.get(block)
+                if known is None:
+                    pending[block] = [record]
+                else:
+                    known.append(record)
+                entered += 1
+            self._to_preserve.append(record)
+        except BaseException:
+            for block in blocks[:entered]:
+                self._leave(block, -1)
+            raise
         self._acknowledged += 1
-        self._to_preserve.append(record)
-        pending = self.pending
-        for block in self._blocks(record):
-            known = pending.get(block)
-            if known is None:
-                pending[block] = [record]
-            else:
-                known.append(record)
+
+    def _leave(self, block: int, which: int) -> None:
+        """Forget the oldest (0) or newest (-1) record of a block."""
+        waiting = self.pending[block]
+        if len(waiting) == 1:
+            del self.pending[block]
+        else:
+            waiting.pop(which)
 
     def _blocks(self, record: Record) -> range:
         size = self._core.block_size
@@ -406,19 +489,13 @@ class WriteBuffer:
         if not self._core.dry_run:
             # First of all: from here on a newer write may go to the replica beside the ring.
             self.ring.release(records[-1])
-        pending = self.pending
         for record in records:
             self._to_overwrite.popleft()
             for block in self._blocks(record):
-                waiting = pending[block]
-                if len(waiting) == 1:
-                    del pending[block]
-                else:
-                    waiting.pop(0)
+                self._leave(block, 0)
         self._released += len(records)
         self._wake()
-        if self._store is not None and not self.reason and not self._store.is_there(self.ring):
-            self._give_up("its file has been removed")
+        self._look_if_there()
 
     def status(self) -> dict[str, Any]:
         """JSON-ready; sizes in bytes."""

@@ -2,7 +2,9 @@
 
 Owns `online --give-up-recovery-points`. Never implicit. The loss is recorded in the state file
 before the new area is made, so that the old one, should it turn up again, cannot bring back
-points whose blocks have been overwritten. Numbers of points are not used again.
+points whose blocks have been overwritten. Numbers of points are not used again, and generations
+only rise: the old area, put back, is an old one. Acknowledged writes in the ring that the lost area
+named are carried out all the same.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from ..diffarea.recovery import read_superblock
 from ..diffarea.superblock import unfinished
 from ..errors import FaultError, FormatError, VsnapError
 from .core import in_thread
-from .ring import NO_ID
 
 if TYPE_CHECKING:
     from .volume import Volume
+
+#: Far more commits than can have been made since the state file was last written.
+_BEYOND = 1 << 20
 
 
 async def give_up_recovery_points(volume: Volume) -> list[str]:
@@ -44,6 +48,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             f"volume {core.name}: the size of its lost diff area is not known",
             hint="Create a new volume around the replica: 'vsnapfs create --replica'.",
         )
+    # The area that named a ring of ours may be gone: what it holds must outlive this, too.
+    await volume.buffer.rescue()
     points = [point.number for point in core.points]
     restoring = old.superblock.restoring if old else 0
     epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
@@ -68,7 +74,6 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                 raise
         if core.replica_failed:
             await in_thread(volume.reopen_replica)
-        await volume.buffer.give_up()
         await volume.buffer.try_again()
         await protection.come_online()
     except (FaultError, OSError) as error:
@@ -147,6 +152,13 @@ def _is_ours(volume: Volume, backing: Backing) -> bool:
     return superblock.volume_id == volume.core.volume_id
 
 
+def _generation(volume: Volume) -> int:
+    """One that no copy of the lost area can have reached: put back, it must look old (fault 15)."""
+    area = volume.core.area
+    known = area.newest_generation if area is not None else 0
+    return max(known, volume.protection.saved.generation) + _BEYOND
+
+
 def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffArea:
     core = volume.core
     return DiffArea.format(
@@ -158,8 +170,9 @@ def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffA
         replica_size=core.size,
         maximum=maximum,
         epoch=epoch,
+        generation=_generation(volume),
         # What was acknowledged and is still to be carried out belongs to the new area from its
         # first moment on.
-        ring=volume.buffer.ring.ring_id if volume.buffer.ring else NO_ID,
+        ring=volume.buffer.name,
         boot=volume.buffer.boot,
     )

@@ -23,7 +23,7 @@ from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
 from .onlookers import Onlookers
 from .overlay import Overlay
-from .ring import RingStore, SharedMemory
+from .shm import RingStore, SharedMemory
 from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).

@@ -10,7 +10,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from ..backing import Backing, Buffer, Bytes, Identity
+from ..backing import Backing, Buffer, Bytes, FileId, Identity
 
 _PAGE = 4096
 
@@ -121,6 +121,10 @@ class Overlay:
     def identity(self) -> Identity:
         """See `Backing.identity`."""
         return self._below.identity() if self._below is not None else Identity(0, 0, 0, 0)
+
+    def file_id(self) -> FileId:
+        """See `Backing.file_id`."""
+        return self._below.file_id() if self._below is not None else FileId(0, 0, 0)
 
     def sync(self) -> None:
         """Nothing to do."""

@@ -55,11 +55,14 @@ class Protection:
         self._persisted.set()
         self._persisting = False
         self.trouble: str | None = None
+        self._closed = False
         self._saving = threading.Lock()
 
     @property
     def state(self) -> str:
-        """What `status` shows: "online" or "offline"."""
+        """What `status` shows: "online", "offline", or "closed" (see `stay_closed`)."""
+        if self._closed:
+            return "closed"
         return "online" if self.is_online else "offline"
 
     # -- refusing -------------------------------------------------------------------------------
@@ -163,6 +166,11 @@ class Protection:
             # Still offline in memory, and the superblock is tried next.
             self.trouble = f"the state file could not be written: {error}"
             log.log("vsnapfs", 1091, volume=self._core.name, reason=self.trouble)
+
+    def stay_closed(self, why: VsnapError) -> None:
+        """It must not be opened, and is looked at all the same: only its points can be read."""
+        self._closed, self.is_online = True, False
+        self.trouble = f"{why.message}. {why.hint}".strip()
 
     async def recorded(self) -> None:
         """Return when a fault that is being written down has been: `online` must come after it."""
@@ -293,6 +301,8 @@ class Protection:
                 block_size=area.layout.block_size,
                 epoch=max(state.epoch, area.superblock.epoch),
                 generation=area.superblock.generation,
+                ring=area.superblock.ring,
+                boot=area.superblock.boot,
             )
         self._core.state_file.save(state)
         self.saved = state

@@ -18,7 +18,7 @@ import xxhash
 
 from ..backing import Backing
 from ..diffarea.layout import MAX_AREA_SIZE, MAX_BLOCK_SIZE, MAX_COUNTER, is_block_size
-from ..diffarea.superblock import MAX_POINT_NUMBER
+from ..diffarea.superblock import MAX_POINT_NUMBER, NO_RING, RingName
 from ..errors import Fault, FormatError
 
 COPY_SIZE = 4096
@@ -37,7 +37,7 @@ class SavedState:
     given_up: recovery points up to this number no longer count (policy `evict` lost them, or an
     administrator gave them up), even if a superblock still names them. maximum (bytes),
     block_size (bytes) and epoch are the diff area's, as last seen: a new area can be made with
-    them and no number is used twice. generation: the superblock's at that time.
+    them and no number is used twice. generation, ring, boot: the superblock's at that time.
     others_at, others_point: somebody else had the replica open for writing while we had it, first
     at this time (nanoseconds since the epoch); of the points up to this number something may be
     missing. Written only once that has happened, so that earlier versions read all other states.
@@ -50,6 +50,8 @@ class SavedState:
     block_size: int = 0
     epoch: int = 0
     generation: int = 0
+    ring: RingName = NO_RING
+    boot: bytes = bytes(16)
     others_at: int = 0
     others_point: int = 0
 
@@ -137,7 +139,7 @@ def inspect_state(path: Path) -> dict[str, Any]:
             copies.append({"offset": at, "valid": False})
             continue
         sequence, state = decoded
-        fields = vars(state) | {"fault": state.fault.to_json() if state.fault else None}
+        fields = _fields(state)
         volume_id = str(uuid.UUID(bytes=owner))
         copies.append(
             {"offset": at, "valid": True, "volume_id": volume_id, "sequence": sequence} | fields
@@ -145,11 +147,21 @@ def inspect_state(path: Path) -> dict[str, Any]:
     return {"path": str(path), "kind": "state", "format_version": _VERSION, "copies": copies}
 
 
-def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
-    fields: dict[str, Any] = dict(vars(state))
+def _fields(state: SavedState) -> dict[str, Any]:
+    """The state as JSON has it."""
+    ring_id, *place = state.ring
+    known = dict(vars(state))
     if not state.others_point:
-        del fields["others_at"], fields["others_point"]
-    fields["fault"] = state.fault.to_json() if state.fault else None
+        del known["others_at"], known["others_point"]
+    return known | {
+        "fault": state.fault.to_json() if state.fault else None,
+        "ring": [ring_id.hex(), *place],
+        "boot": state.boot.hex(),
+    }
+
+
+def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
+    fields = _fields(state)
     text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
@@ -179,8 +191,12 @@ def _decode(data: bytes, volume_id: bytes) -> tuple[int, SavedState] | None:
         return None
     try:
         fields = json.loads(data[_HEAD.size : _HEAD.size + length])
-        fault = Fault.from_json(fields["fault"]) if fields["fault"] else None
-        state = SavedState(**fields | {"fault": fault})
+        fields["fault"] = Fault.from_json(fields["fault"]) if fields["fault"] else None
+        if "ring" in fields:
+            ring_id, *place = fields["ring"]
+            fields["ring"] = RingName(bytes.fromhex(ring_id), *place)
+            fields["boot"] = bytes.fromhex(fields["boot"])
+        state = SavedState(**fields)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return (sequence, state) if sequence <= MAX_COUNTER and _is_possible(state) else None
@@ -203,4 +219,6 @@ def _is_possible(state: SavedState) -> bool:
         type(values["offline"]) is bool
         and all(type(value) is int and 0 <= value <= limits[n] for n, value in numbers.items())
         and (state.block_size == 0 or is_block_size(state.block_size))
+        and len(state.boot) == len(state.ring.ring_id) == 16
+        and all(type(part) is int and 0 <= part < 2**64 for part in state.ring[1:])
     )

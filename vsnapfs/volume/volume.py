@@ -18,14 +18,15 @@ from typing import Any
 
 import trio
 
-from ..config import DEFAULT_WRITE_BUFFER, Durability, VolumeConfig
+from ..config import DEFAULT_WRITE_BUFFER, Durability, VolumeConfig, check_write_buffer
 from ..diffarea.area import DiffArea
-from ..diffarea.superblock import RecoveryPoint
+from ..diffarea.superblock import NO_RING, RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
 from ..events import EventLog
 from . import giveup, invariants, repair
 from .account import Account, state_problem
+from .adoption import CLOSED
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle
@@ -37,7 +38,6 @@ from .protection import Protection, log_fault
 from .reader import Reader
 from .resize import Resize
 from .restore import Restore, as_fault, no_progress
-from .ring import NO_ID
 from .room import Room
 from .status import status_of
 from .writer import Writer
@@ -115,47 +115,94 @@ class Volume:
         dry_run: bool = False,
         durability: Durability | None = None,
         write_buffer: int = DEFAULT_WRITE_BUFFER,
+        give_up_write_buffer: bool = False,
+        look_only: bool = False,
     ) -> Volume:
         """Open and lock the volume in `directory`.
 
         dry_run: nothing reaches the disk, whatever is done with it, and no restore is continued.
         durability: other than volume.toml says. write_buffer: bytes of shared memory, 0 for none.
+        give_up_write_buffer: acknowledged writes that cannot be carried out now are given up.
+        look_only: a volume that must stay closed is opened for its points, as if with dry_run.
         mountpoint: where it is going to be served, None for a single command. Opens offline when
         something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
         FormatError; nothing has changed then.
         """
-        make_log: Any = NoLog if dry_run else EventLog
-        opened = await in_thread(partial(open_files, Path(directory), make_log, dry_run=dry_run))
-        opened.core.dry_run = dry_run
-        opened.buffer_size = write_buffer
-        opened.core.durability = durability or opened.core.config.durability
-        opened.onlookers = Onlookers(opened.core, serving=mountpoint is not None)
+        check_write_buffer(write_buffer)
+
+        async def attempt(*, dry_run: bool, closed: VsnapError | None = None) -> Volume:
+            make_log: Any = NoLog if dry_run else EventLog
+            open_them = partial(open_files, Path(directory), make_log, dry_run=dry_run)
+            opened = await in_thread(open_them)
+            opened.core.dry_run = dry_run
+            opened.buffer_size = write_buffer
+            opened.core.durability = durability or opened.core.config.durability
+            opened.onlookers = Onlookers(opened.core, serving=mountpoint is not None)
+            try:
+                opened.onlookers.start()
+                return await cls.from_opened(
+                    opened,
+                    accept_changed_replica,
+                    mountpoint,
+                    give_up_write_buffer=give_up_write_buffer,
+                    closed=closed,
+                )
+            except BaseException:
+                opened.onlookers.stop()
+                close_files(opened.core)
+                opened.core.log.close()  # type: ignore[attr-defined]
+                raise
+
         try:
-            opened.onlookers.start()
-            return await cls.from_opened(opened, accept_changed_replica, mountpoint)
-        except BaseException:
-            opened.onlookers.stop()
-            close_files(opened.core)
-            opened.core.log.close()  # type: ignore[attr-defined]
-            raise
+            return await attempt(dry_run=dry_run)
+        except VsnapError as error:
+            if error.code != CLOSED or not look_only:
+                raise
+            return await attempt(dry_run=True, closed=error)
 
     @classmethod
     async def from_opened(
-        cls, opened: Opened, accept_changed_replica: bool = False, mountpoint: str | None = None
+        cls,
+        opened: Opened,
+        accept_changed_replica: bool = False,
+        mountpoint: str | None = None,
+        *,
+        give_up_write_buffer: bool = False,
+        closed: VsnapError | None = None,
     ) -> Volume:
-        """The second half of `open`: judge what was found. Tests start here."""
+        """The second half of `open`: judge what was found. Tests start here.
+
+        closed: why it must stay closed; it is only looked at.
+        """
+        if closed is not None:
+            opened.store = None
         volume = cls(opened, mountpoint)
+        try:
+            await volume._take_in(opened, accept_changed_replica, give_up_write_buffer)
+        except BaseException:
+            volume.buffer.close()
+            raise
+        if closed is not None:
+            volume.protection.stay_closed(closed)
+        return volume
+
+    async def _take_in(
+        self, opened: Opened, accept_changed_replica: bool, give_up_write_buffer: bool
+    ) -> None:
         # With a fault found at open (an old diff area put back, say) what the superblock says of
         # the replica is no reason to doubt the replica, and the volume is offline anyway.
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
-            volume.warnings.append(changed)
-        await volume.buffer.adopt()
-        await volume._judge(opened)
-        await volume._heal_state()
-        if mountpoint is not None:
-            volume.log.log("vsnapfs", 1001, volume=volume.core.name, what=mountpoint)
-        return volume
+            self.warnings.append(changed)
+        await self.buffer.adopt(give_up=give_up_write_buffer)
+        await self._judge(opened)
+        await self._heal_state()
+        if self.mountpoint is not None:
+            self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
+            doubt = self.buffer.doubt()
+            if doubt:
+                self.warnings.append(doubt)
+                self.log.log("vsnapfs", 1055, volume=self.core.name, reason=doubt)
 
     async def _judge(self, opened: Opened) -> None:
         """Decide whether the volume is online, and make what was recovered durable."""
@@ -211,10 +258,13 @@ class Volume:
         if report.unclean or report.healed:
             # Both copies of the superblock agree again, and all that recovery decided is durable
             # before anything relies on it.
-            ring = self.buffer.ring
             async with core.area_lock:
-                await core.commit(ring=ring.ring_id if ring else NO_ID)
+                await core.commit(ring=self.buffer.name)
                 await in_thread(core.need_area().trim)
+            if self.protection.saved.ring != self.buffer.name:
+                # What is given up must not come back with the next loss of the area.
+                with suppress(OSError):
+                    await in_thread(self.protection.save)
             self.account.superblock_is_healed()
 
     def _log_healed(self, healed: Iterable[str]) -> None:
@@ -347,7 +397,7 @@ class Volume:
         try:
             await in_thread(core.sync_replica)
             async with core.area_lock:
-                await core.commit(clean=True, replica=core.replica.identity(), ring=NO_ID)
+                await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
             await in_thread(self._note_generation)
         except (FaultError, OSError) as error:

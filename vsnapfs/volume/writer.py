@@ -133,8 +133,8 @@ class Writer:
             await on_the_way[0].done.wait()
             return _LOOK_AGAIN
         if touched or (buffer.is_open and not on_the_way and len(data) <= LONGEST):
-            if buffer.ring is None:
-                await self._start_buffer(offset, len(data))
+            if not buffer.is_ready and buffer.is_open:
+                await self._start_buffer(session, offset, len(data))
                 return _LOOK_AGAIN
             if touched and not buffer.is_open:
                 await buffer.room()
@@ -145,12 +145,16 @@ class Writer:
         await self._preserve(missing, offset, len(data))
         return _LOOK_AGAIN
 
-    async def _start_buffer(self, offset: int, length: int) -> None:
+    async def _start_buffer(self, session: int, offset: int, length: int) -> None:
         try:
             await self._buffer.start()
         except FaultError as error:
             await self._protection.trip(error, offset=offset, length=length)
             raise await self._protection.refuse() from error
+        except OSError:
+            pass  # What could not be carried out has taken the volume offline.
+        if session != self._protection.session or not self._protection.is_online:
+            raise await self._protection.refuse()
 
     async def _acknowledge(
         self, session: int, offset: int, data: Bytes, first: int, last: int, missing: list[int]
@@ -167,8 +171,13 @@ class Writer:
         if slots is None:
             await self._make_room(fresh, offset, len(data))
             return _LOOK_AGAIN
-        if not buffer.append(offset, data):
-            core.need_area().slots.release(slots)
+        acknowledged = False
+        try:
+            acknowledged = buffer.append(offset, data)
+        finally:
+            if not acknowledged:
+                core.need_area().slots.release(slots)
+        if not acknowledged:
             await buffer.room()
             return _LOOK_AGAIN
         if fresh:

@@ -1,0 +1,490 @@
+"""W5: which ring an opening takes over, and what it leaves exactly as it is.
+
+Two processes, two users, two tmpfs, two copies of one volume: on the simulated host, where each can
+be put in the way of the other. The real ones are in t4 `test_two_of_everything`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+from rig import (
+    BLOCK,
+    Rig,
+    acknowledged,
+    attempt,
+    flush,
+    pattern,
+    read_points,
+    small_steps,
+)
+from rig import write as write_at
+from simdisk import FOREVER, Host, PowerLoss
+
+from vsnapfs.errors import VsnapError
+from vsnapfs.volume import Volume
+from vsnapfs.volume.adoption import CLOSED
+from vsnapfs.volume.ring import Ring
+from vsnapfs.volume.shm import Unusable
+
+SIZE = 8 * BLOCK
+OLD, NEW, NEWER = pattern(1, SIZE), pattern(2, BLOCK), pattern(3, BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def _small() -> Iterator[None]:
+    with small_steps():
+        yield
+
+
+def made(**options: object) -> Rig:
+    """A volume of which all is written, with one recovery point."""
+    rig = Rig(**{"size": SIZE, "buffer": 64 * 1024, **options})  # type: ignore[arg-type]
+
+    async def begin(volume: Volume) -> None:
+        await write_at(volume, 0, OLD)
+        await volume.create_point()
+
+    rig.run(begin)
+    return rig
+
+
+def left_by_a_kill(**options: object) -> Rig:
+    """A volume whose process died with an acknowledged write (NEW, block 0) in the ring."""
+    rig = made(**options)
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    rig.log.events.clear()
+    return rig
+
+
+def content(rig: Rig) -> bytes:
+    async def read(volume: Volume) -> bytes:
+        assert (await read_points(volume)).get(1, OLD) == OLD
+        volume.check_invariants()
+        return acknowledged(rig, volume)
+
+    return rig.run(read)
+
+
+def everything(rig: Rig) -> dict[str, bytes]:
+    """All bytes of all files and rings."""
+    files = {name: file.cache.read(0, file.cache.size) for name, file in rig.host.files.items()}
+    return files | {name.hex(): bytes(memory) for name, memory in rig.host.memory.items()}
+
+
+def closed(rig: Rig, **options: object) -> VsnapError:
+    """The error of an opening that is refused because of the ring, and that changed nothing."""
+    before = everything(rig)
+
+    async def look(volume: Volume) -> None:
+        raise AssertionError("it was opened")
+
+    with pytest.raises(VsnapError) as caught:
+        rig.run(look, **options)
+    assert caught.value.code == CLOSED
+    assert everything(rig) == before
+    assert 1043 not in rig.log.ids("vsnapfs")
+    assert not rig.host.locked_rings
+    return caught.value
+
+
+def ids(rig: Rig, event: int) -> int:
+    return rig.log.ids("vsnapfs").count(event)
+
+
+# -- not now, not by this user --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Unusable("it belongs to another user (uid 1000)", "Let uid 1000 do it."),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EACCES, "Permission denied"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda problem: type(problem).__name__ + str(getattr(problem, "errno", "")),
+)
+def test_what_another_opening_could_use_keeps_the_volume_closed(problem: Exception) -> None:
+    """Nothing is written, the error says why; once it can be used, nothing has been lost."""
+    rig = left_by_a_kill()
+    rig.host.ring_problem = problem
+    error = closed(rig)
+    assert str(problem) in error.message or isinstance(problem, (OSError, MemoryError))
+    assert "--give-up-write-buffer" in error.hint
+    rig.host.ring_problem = None
+    assert content(rig) == NEW + OLD[BLOCK:]
+    rig.close()
+    assert not rig.host.memory
+
+
+def test_no_memory_for_what_a_ring_holds_keeps_the_volume_closed() -> None:
+    """Found out half way through its records: as if it had not been looked at."""
+    rig = left_by_a_kill()
+    with mock.patch("vsnapfs.volume.buffer.WriteBuffer._enter", side_effect=MemoryError):
+        closed(rig)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_a_ring_in_another_tmpfs_keeps_the_volume_closed() -> None:
+    """What is not in this one is not gone: a container's /dev/shm, seen from outside."""
+    rig = left_by_a_kill()
+    rig.host.tmpfs = 8
+    closed(rig)
+    rig.host.tmpfs = 7
+    assert content(rig) == NEW + OLD[BLOCK:]
+    assert ids(rig, 1043) == 0
+
+
+def test_a_ring_that_somebody_has_locked_keeps_the_volume_closed() -> None:
+    """Whoever serves holds it."""
+    rig = left_by_a_kill()
+    (ring_id,) = rig.host.memory
+    rig.host.locked_rings.add(ring_id)
+    with pytest.raises(VsnapError) as caught:
+        rig.run(_nothing)
+    assert caught.value.code == CLOSED
+    rig.host.locked_rings.clear()
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+async def _nothing(_volume: Volume) -> None:
+    pass
+
+
+def test_a_ring_of_another_version_keeps_the_volume_closed() -> None:
+    """The program that wrote it can still carry it out."""
+    rig = left_by_a_kill()
+    (memory,) = rig.host.memory.values()
+    version = memory[16]
+    memory[16] = 1
+    closed(rig)
+    memory[16] = version
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+@pytest.mark.parametrize("written_since", [False, True])
+def test_giving_up_a_write_buffer_is_logged_and_final(*, written_since: bool) -> None:
+    """The volume opens without it; the ring stays, and nothing ever carries it out: not even the
+    loss of the diff area, after which the state file is all that names one.
+    """
+    rig = left_by_a_kill()
+    rig.host.ring_problem = Unusable("it belongs to another user")
+    rig.run(_nothing, give_up_write_buffer=True)
+    assert ids(rig, 1054) == 1
+    rig.host.ring_problem = None
+    rig.killed()
+    if written_since:
+        rig.run(_write_newer)
+        rig.killed()
+    assert len(rig.host.memory) == 1 + written_since
+    rig.host.remove("area")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        newer = NEWER if written_since else OLD[BLOCK : 2 * BLOCK]
+        assert acknowledged(rig, volume) == OLD[:BLOCK] + newer + OLD[2 * BLOCK :]
+
+    _without_points(rig, give_up)
+
+
+async def _write_newer(volume: Volume) -> None:
+    await write_at(volume, BLOCK, NEWER)
+
+
+def _without_points(rig: Rig, give_up: object) -> None:
+    """Give up the points of a rig whose diff area is gone: the new one is made on its host."""
+    made_anew = lambda _volume: rig.host.create("area") and rig.host.open("area")  # noqa: E731
+    with (
+        mock.patch("vsnapfs.volume.giveup._find_place", return_value=None),
+        mock.patch("vsnapfs.volume.giveup._make", made_anew),
+    ):
+        rig.run(give_up)  # type: ignore[arg-type]
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+def copied(rig: Rig) -> Rig:
+    """`cp -a` of the volume's directory, on the same host: other inodes, the same shared memory."""
+    host = Host(rig.host.capacity)
+    host.files = {
+        name: replace(
+            file,
+            inode=file.inode + 1000,
+            cache=file.cache.copy(),
+            disk=file.cache.copy(),
+            journal=[],
+            space=set(file.space),
+            written=set(file.written),
+            locked=False,
+        )
+        for name, file in rig.host.files.items()
+    }
+    host.memory, host.locked_rings = rig.host.memory, rig.host.locked_rings
+    host.boot, host._inodes = rig.host.boot, rig.host._inodes + 1000
+    return rig.on(host)
+
+
+def test_a_copy_of_a_live_volume_leaves_its_ring_alone() -> None:
+    """Served beside it, looked at beside it: each writes to its own replica only, and a kill of
+    the original loses nothing.
+    """
+    rig = made()
+    copies: list[Rig] = []
+
+    async def serve(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        await volume.buffer.drain()
+        copies.append(copied(rig))
+        await write_at(volume, BLOCK, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(serve)
+    (copy,) = copies
+    (original,) = rig.host.memory
+    before = bytes(rig.host.memory[original])
+
+    copy.run(_write_newer)
+    assert ids(copy, 1049) == 1
+    assert copy.log.params(1049)["what"] == original.hex()
+    copy.close()
+    assert bytes(rig.host.memory[original]) == before
+    assert content(copy) == NEW + NEWER + OLD[2 * BLOCK :]
+    copy.close()
+    assert ids(copy, 1049) == 1  # Only once: it names no ring any more.
+
+    rig.host.locked_rings.clear()
+    rig.killed()
+    assert content(rig) == NEW + NEW + OLD[2 * BLOCK :]
+    assert ids(rig, 1043) == 0
+
+
+def test_two_copies_of_a_closed_volume_have_a_ring_each() -> None:
+    """Closing the one removes nothing of the other's."""
+    rig = made()
+    rig.close()
+    copy = copied(rig)
+    rig.run(_write_new)
+    copy.run(_write_newer, accept_changed_replica=True)
+    assert len(rig.host.memory) == 2
+    copy.close()
+    assert len(rig.host.memory) == 1
+    rig.killed()
+    assert content(rig) == NEW + OLD[BLOCK:]
+    assert content(copy) == OLD[:BLOCK] + NEWER + OLD[2 * BLOCK :]
+    assert ids(rig, 1043) == ids(copy, 1043) == 0
+
+
+async def _write_new(volume: Volume) -> None:
+    await volume.buffer.start()
+    await write_at(volume, 0, NEW)
+
+
+def test_the_same_inode_on_another_device_is_no_copy() -> None:
+    """A file system that got another number: closed, until it is told apart or put back."""
+    rig = left_by_a_kill()
+    rig.host.device = 2
+    error = closed(rig)
+    assert "device" in error.message
+    rig.host.device = 1
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_a_block_device_is_known_by_its_own_number() -> None:
+    """Another node for it (another inode in /dev) is the same replica."""
+    rig = left_by_a_kill()
+    assert rig.host.files["replica"].inode
+    # As a device the file has no inode to compare: SimBacking says so like FileBacking.
+    rig = made()
+    rig.close()
+    rig.host.files["replica"].is_device = True
+    rig.run(_write_and_die_on(rig), accept_changed_replica=True)
+    rig.killed()
+    rig.host.files["replica"].inode += 1
+    assert content(rig) == NEW + OLD[BLOCK:]
+    rig.close()
+    rig.run(_write_and_die_on(rig))
+    rig.killed()
+    rig.host.device = 3
+    closed(rig)
+
+
+def _write_and_die_on(rig: Rig) -> object:
+    async def go(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+
+    return go
+
+
+# -- giving up points -----------------------------------------------------------------------------
+
+
+def stuck(rig: Rig) -> None:
+    """An acknowledged write that could not be carried out: its copy cannot be made durable."""
+    rig.host.fail("area", "sync", errno.EIO, nth=3, times=FOREVER)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        assert await attempt(flush(volume)) is not None
+
+    rig.run(go)
+    rig.host.failures.clear()
+
+
+@pytest.mark.parametrize("stop", range(1, 60))
+def test_a_kill_while_points_are_given_up_loses_no_acknowledged_write(stop: int) -> None:
+    """Wherever it happens, the next opening finds the ring that the new area names, and the new
+    area is never taken for an old one.
+    """
+    rig = made()
+    for _ in range(5):
+        rig.run(_create_point)  # So that its generation is far above a new area's.
+    stuck(rig)
+
+    async def give_up(volume: Volume) -> None:
+        rig.host.stop_at = rig.host.operations + stop
+        await volume.online(give_up_recovery_points=True)
+        rig.host.stop_at = None
+
+    try:
+        rig.run(give_up)
+    except PowerLoss:
+        rig.killed()
+
+    async def look(volume: Volume) -> bytes:
+        assert volume.core.area is None or not volume.core.area.is_old
+        if not volume.protection.is_online:
+            await volume.online(give_up_recovery_points=not volume.points)
+        return acknowledged(rig, volume)
+
+    # What was only begun of the new area is there, and is ours to make anew.
+    begun = lambda _volume, old: old.backing if old else rig.host.open("area")  # noqa: E731
+    with mock.patch("vsnapfs.volume.giveup._find_place", begun):
+        assert rig.run(look) == NEW + OLD[BLOCK:]
+    assert ids(rig, 1043) == 0
+
+
+def test_an_area_that_was_given_up_is_an_old_one_for_ever() -> None:
+    """Put back in the place of the new one: fault 15, and the new area's points are not gone."""
+    rig = made()
+    for _ in range(5):
+        rig.run(_create_point)  # So that its generation is far above a new area's.
+    rig.close()
+
+    async def commit(volume: Volume) -> None:
+        for _ in range(5):  # Growing does that, and the state file does not know of it.
+            await volume.core.commit()
+
+    rig.run(commit)
+    rig.killed()
+    given_up = rig.host.remove("area")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        await write_at(volume, 0, NEW)
+        await volume.create_point("after")
+
+    _without_points(rig, give_up)
+    rig.close()
+    right = rig.host.files["area"]
+    rig.host.files["area"] = given_up
+
+    async def fault(volume: Volume) -> int:
+        assert volume.protection.fault is not None
+        return int(volume.protection.fault.code)
+
+    assert rig.run(fault, accept_changed_replica=True) == 15
+    rig.close()
+    rig.host.files["area"] = right
+
+    async def points(volume: Volume) -> list[str]:
+        return [point.label for point in volume.points]
+
+    assert rig.run(points, accept_changed_replica=True) == ["after"]
+
+
+async def _create_point(volume: Volume) -> None:
+    await volume.create_point()
+
+
+def test_the_ring_of_an_area_that_is_gone_is_carried_out_when_its_points_are_given_up() -> None:
+    """The state file names it, too: losing the area loses the points, not what was acknowledged."""
+    rig = left_by_a_kill()
+    rig.host.remove("area")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        assert acknowledged(rig, volume) == NEW + OLD[BLOCK:]
+        assert not volume.points
+
+    _without_points(rig, give_up)
+    assert ids(rig, 1043) == 0
+    rig.close()
+    assert not rig.host.memory
+
+
+def test_points_are_not_given_up_over_a_ring_that_cannot_be_used() -> None:
+    """The area is gone and the ring another user's: both stay as they are."""
+    rig = left_by_a_kill()
+    rig.host.remove("area")
+    rig.host.ring_problem = Unusable("it belongs to another user")
+
+    async def give_up(volume: Volume) -> None:
+        error = await attempt(volume.online(give_up_recovery_points=True))
+        assert isinstance(error, VsnapError)
+        assert error.code == CLOSED
+
+    rig.run(give_up)
+    assert len(rig.host.memory) == 1
+    assert "area" not in rig.host.files
+
+
+# -- what an exception leaves ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["append", "enter"])
+def test_an_exception_while_acknowledging_gives_everything_back(where: str) -> None:
+    """The slots come back, the write is not there, not even after a kill; the next one goes in."""
+    rig = made()
+    target = {
+        "append": "vsnapfs.volume.ring.Ring.append",
+        "enter": "vsnapfs.volume.buffer.WriteBuffer._blocks",
+    }[where]
+
+    async def go(volume: Volume) -> None:
+        await volume.buffer.start()
+        slots = volume.core.need_area().slots
+        before = slots.in_use
+        with mock.patch(target, side_effect=MemoryError), pytest.raises(MemoryError):
+            await write_at(volume, 0, NEW)
+        assert slots.in_use == before
+        assert not volume.buffer.pending
+        volume.check_invariants()
+        ring = volume.buffer.ring
+        assert ring is not None
+        memory = rig.host.memory[ring.name.ring_id]
+        assert not list(Ring.found(memory, ring.name, volume.core.volume_id).records())
+        await write_at(volume, BLOCK, NEWER)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(go)
+    rig.killed()
+    assert content(rig) == OLD[:BLOCK] + NEWER + OLD[2 * BLOCK :]

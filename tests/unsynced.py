@@ -1,0 +1,96 @@
+"""What a sector may hold after the power has failed, while writes to it are not synced.
+
+Owns that question for every model of the tests. A `Sector` is the content it had when it was last
+synced, and the writes since then in the order in which they were issued. Any of them may be lost,
+the newest with the older ones kept, too: it may hold what any subset of them leaves, laid over
+each other in their order. n writes have up to 2**n such contents, so these are never made. A
+`Sector` has one entry a write, shared with the `Sector` before that write, and finds out about one
+content when it is asked.
+
+How it finds out loses nothing: it accepts exactly the contents of the subsets. From the newest
+write to the oldest, a write whose bytes are all found where no newer kept one lies can be taken as
+kept: that lays down bytes which are right, and asks less of what is older. A write with a wrong
+byte there cannot be kept. What no kept write covers must be what was synced.
+
+What it cannot tell apart no list of the subsets could: which of two equal contents it is, and
+whether writes that nobody let overlap in time reached the disk in another order than was issued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+SECTOR = 512
+
+
+class Sector:
+    """The contents that one sector may have; `content in sector` asks. Never changes."""
+
+    __slots__ = ("before", "newest", "part", "start")
+
+    def __init__(self, before: Sector | None, start: int, part: bytes, newest: bytes) -> None:
+        """newest: the content if nothing is lost. Use `exactly` and `overwritten`."""
+        self.before = before
+        self.start = start
+        self.part = part
+        self.newest = newest
+
+    @classmethod
+    def exactly(cls, content: bytes) -> Sector:
+        """Synced: this and nothing else."""
+        return cls(None, 0, content, content)
+
+    def overwritten(self, start: int, part: bytes) -> Sector:
+        """The same after a write to it that is not synced."""
+        end = start + len(part)
+        assert end <= len(self.newest)
+        return Sector(self, start, part, self.newest[:start] + part + self.newest[end:])
+
+    def entries(self) -> Iterator[Sector]:
+        """Its writes, the newest first, and at last what was synced."""
+        entry: Sector | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.before
+
+    def __contains__(self, content: bytes) -> bool:
+        if content == self.newest:
+            return True
+        if len(content) != len(self.newest):
+            return False
+        found = int.from_bytes(content, "little")
+        open_bits = (1 << 8 * len(content)) - 1  # of the bytes that no kept write has laid down
+        for entry in self.entries():
+            bits = (1 << 8 * len(entry.part)) - 1 << 8 * entry.start
+            part = int.from_bytes(entry.part, "little") << 8 * entry.start
+            if not (found ^ part) & bits & open_bits:
+                open_bits &= ~bits
+                if not open_bits:
+                    return True
+        return False
+
+
+Sectors = tuple[Sector, ...]
+
+
+def sectors_of(content: bytes) -> Sectors:
+    """Each sector exactly as it is."""
+    return tuple(Sector.exactly(content[at : at + SECTOR]) for at in range(0, len(content), SECTOR))
+
+
+def tear(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(sector, where in it, its part of the data) of a write."""
+    position = 0
+    while position < len(data):
+        number, start = divmod(offset + position, SECTOR)
+        part = data[position : position + SECTOR - start]
+        yield number, start, part
+        position += len(part)
+
+
+def overwritten(sectors: Sectors, offset: int, data: bytes) -> Sectors:
+    """After a write that is not synced: each sector that it touches may hold the old or the new."""
+    found = list(sectors)
+    for number, start, part in tear(offset, data):
+        found[number] = found[number].overwritten(start, part)
+    return tuple(found)

@@ -1,0 +1,97 @@
+"""Taking over a ring: what an opening does with what another process has acknowledged (W3, W5).
+
+Owns the one decision which ring an opening may carry out. The superblock names it (and the state
+file, for when the diff area is lost), with the replica it belongs to and the tmpfs it lies in.
+Promises:
+
+* exactly that ring is carried out, under its own lock, or the volume does not open;
+* it is declared lost (event 1043) only if it is surely gone or surely bad. Whatever another user,
+  another tmpfs, another moment could change keeps the volume closed: nothing is written, and its
+  points can be listed and exported;
+* a copy of a volume (its replica is another inode) leaves the original's ring alone and opens as
+  after a power failure (event 1049); the same inode on another device is no copy: closed.
+
+    superblock names    found                                      then
+    ------------------  -----------------------------------------  -------------------------------
+    none, another boot  -                                          nothing was promised
+    our replica         the ring                                   carried out
+    our replica         gone from that tmpfs, or rotted            lost: 1043
+    our replica         another user's, locked, no memory, …       closed
+    our replica         that tmpfs is not here                     closed
+    the same inode,     -                                          closed
+    another device
+    another inode       -                                          1049, as after a power failure
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..backing import FileId
+from ..diffarea.superblock import NO_RING, RingName
+from ..errors import FormatError, VsnapError
+from .core import Core
+from .ring import Ring
+from .shm import RingStore, Unusable
+
+#: What `VsnapError.code` says of a volume that stays closed because of its write buffer.
+CLOSED = "write-buffer"
+
+
+def adopt(
+    core: Core, store: RingStore, name: RingName, boot: bytes, *, give_up: bool = False
+) -> Ring | None:
+    """In a worker thread: the ring called `name` in the life `boot` of the machine, to be carried
+    out; None if there is nothing to carry out.
+
+    give_up: the administrator gives up what a ring holds that keeps the volume closed (event 1054).
+    VsnapError (code `CLOSED`) if the volume must not be opened.
+    """
+    if name == NO_RING or boot != store.boot:
+        # In another life of the machine nothing but what was flushed was promised.
+        return None
+    here, ring_id = core.replica.file_id(), name.ring_id.hex()
+    if name.inode != here.inode and name.device:
+        core.log.log("vsnapfs", 1049, volume=core.name, what=ring_id)
+        return None
+    try:
+        _refuse_elsewhere(name, here)
+        return store.find(name, core.volume_id, here)
+    except FileNotFoundError:
+        event, reason, hint = 1043, "it is gone", ""
+    except FormatError as error:
+        foreign = error.code == "foreign-version"
+        event, reason, hint = 0 if foreign else 1043, error.message, error.hint
+    except Unusable as error:
+        event, reason, hint = 0, error.reason, error.hint
+    except OSError as error:
+        event, reason, hint = 0, error.strerror or str(error), ""
+    except MemoryError:
+        event, reason, hint = 0, "there is no memory to map it", "Free some memory."
+    if event or give_up:
+        core.log.log("vsnapfs", event or 1054, volume=core.name, what=ring_id, reason=reason)
+        return None
+    raise closed(core, reason, hint)
+
+
+def closed(core: Core, reason: str, hint: str = "") -> VsnapError:
+    """Why a volume is not opened over a write buffer that cannot be used now."""
+    return VsnapError(
+        f"volume {core.name} stays closed: acknowledged writes lie in a write buffer that cannot "
+        f"be used now: {reason}",
+        hint=f"{hint} Its recovery points can be listed and exported meanwhile. If the write "
+        "buffer is lost for good: 'vsnapfs mount --give-up-write-buffer' goes on without what it "
+        "holds.".strip(),
+        errno=errno.EBUSY,
+        code=CLOSED,
+    )
+
+
+def _refuse_elsewhere(name: RingName, here: FileId) -> None:
+    if name.device and name.device != here.device:
+        then, now = (f"{os.major(d)}:{os.minor(d)}" for d in (name.device, here.device))
+        raise Unusable(
+            f"it belongs to a replica on device {then}, and this one is on device {now}",
+            "Mount the file system or attach the disk as it was then, if it is the same.",
+        )
