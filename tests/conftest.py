@@ -90,7 +90,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
 @pytest.fixture(scope="session", autouse=True)
 def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A volume that is killed and never opened again leaves its write buffer in shared memory."""
-    from vsnapfs.volume.shm import DIRECTORIES  # brings numpy, which starts threads
+    from vsnapfs.volume.shm import discard  # brings numpy, which starts threads
 
     yield
     for config in tmp_path_factory.getbasetemp().rglob("volume.toml"):
@@ -99,9 +99,7 @@ def _no_rings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         text = config.read_bytes().decode(errors="replace")
         found = re.search(r'^volume-id = "([0-9a-f]{32})"$', text, re.MULTILINE)
         if found:
-            for directory in DIRECTORIES:
-                for path in directory.glob(f"vsnapfs-{found[1]}-*"):
-                    path.unlink()
+            discard(bytes.fromhex(found[1]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -22,7 +22,7 @@ from vsnapfs.config import load
 from vsnapfs.diffarea.layout import Layout
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume.create import create_volume
-from vsnapfs.volume.shm import DIRECTORIES
+from vsnapfs.volume.shm import discard
 
 from .synthetic import forget_cache, make_volume, mark_unclean
 
@@ -234,9 +234,7 @@ class _Volume:
 def _remove(volume: Path) -> None:
     """The directory, and the write buffer that a probe which never closed it has left in memory."""
     with suppress(VsnapError, OSError):
-        for directory in DIRECTORIES:
-            for path in directory.glob(f"vsnapfs-{load(volume).volume_id}-*"):
-                path.unlink()
+        discard(bytes.fromhex(load(volume).volume_id))
     shutil.rmtree(volume, ignore_errors=True)
 
 

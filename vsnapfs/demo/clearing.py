@@ -215,8 +215,8 @@ def _end_processes(directory: Path) -> None:
 def _remove_write_buffers(directory: Path) -> None:
     """What a server that was killed has left in shared memory."""
     # Not at the top: it brings numpy with its threads, and `own_namespace` must come before those.
-    from vsnapfs.volume.ring import NO_ID, SharedMemory  # noqa: PLC0415
+    from vsnapfs.volume.shm import discard  # noqa: PLC0415
 
     for config in directory.glob("*/volume.toml"):
         with contextlib.suppress(VsnapError, OSError):
-            SharedMemory().keep_only(NO_ID, bytes.fromhex(load(config.parent).volume_id))
+            discard(bytes.fromhex(load(config.parent).volume_id))

@@ -85,6 +85,13 @@ class RingStore(Protocol):
         ...
 
 
+def discard(volume_id: bytes) -> None:
+    """Remove whatever a volume that is itself being removed has left in memory. OSError."""
+    for directory in DIRECTORIES:
+        for path in directory.glob(f"vsnapfs-{volume_id.hex()}-*"):
+            path.unlink()
+
+
 def boot_id() -> bytes:
     """What the kernel calls this life of the machine (/proc/sys/kernel/random/boot_id)."""
     text = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -162,6 +162,8 @@ def _fields(state: SavedState) -> dict[str, Any]:
 
 def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     fields = _fields(state)
+    if not state.others_point:
+        del fields["others_at"], fields["others_point"]
     text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
