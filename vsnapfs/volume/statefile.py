@@ -150,10 +150,7 @@ def inspect_state(path: Path) -> dict[str, Any]:
 def _fields(state: SavedState) -> dict[str, Any]:
     """The state as JSON has it."""
     ring_id, *place = state.ring
-    known = dict(vars(state))
-    if not state.others_point:
-        del known["others_at"], known["others_point"]
-    return known | {
+    return vars(state) | {
         "fault": state.fault.to_json() if state.fault else None,
         "ring": [ring_id.hex(), *place],
         "boot": state.boot.hex(),
