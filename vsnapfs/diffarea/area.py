@@ -33,8 +33,8 @@ from .layout import (
     SUPERBLOCK_OFFSETS,
     Layout,
 )
+from .mending import MendableStore
 from .slots import SlotMap
-from .store import AreaStore
 from .superblock import Superblock, unfinished
 
 Copy = tuple[int, int, int]
@@ -46,7 +46,7 @@ _KNOWN_SPANS = 1 << 16
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
 
 
-class DiffArea(AreaStore):
+class DiffArea(MendableStore):
     """One open diff area. `recovery.open_area` makes one from disk, `format` a new one."""
 
     def __init__(self, backing: Backing, superblock: Superblock, slots: int | None = None) -> None:
@@ -55,9 +55,6 @@ class DiffArea(AreaStore):
         count = self.layout.slots_in(superblock.allocated) if slots is None else slots
         self.slots = SlotMap(count)
         self.index = Index()
-        #: Sectors of which both copies are bad. While there are any, a read that could depend
-        #: on them is EIO (`may_trust`), and the volume is offline by fault 3.
-        self.damaged_sectors: tuple[int, ...] = ()
         #: Slots described by damaged sectors: perhaps in use, never to be given out.
         self.unknown_slots: tuple[int, ...] = ()
         #: Where blocks of zeros of the current epoch are described: span (block // 64) → (slot,
@@ -316,45 +313,16 @@ class DiffArea(AreaStore):
         image = self.known_sector(sector)
         return image.get(place) if image else None
 
-    # -- mending ----------------------------------------------------------------------------------
-
-    def rewrite_copy(self, slot: int, block: Bytes) -> None:
-        """Write the content that a slot's descriptor names once more, durably. FaultError 7, 14."""
-        self.check_present()
-        self._refuse_if_old()
-        try:
-            self.backing.write(self.layout.slot_offset(slot), block)
-            self._sync()
-        except OSError as error:
-            raise FaultError(
-                FaultCode.COW_WRITE_FAILURE,
-                f"the copy could not be written again: {error}",
-                errno=error.errno or errno.EIO,
-            ) from error
-
-    def regain_space(self) -> None:
-        """Reserve what a truncated file has lost, up to `allocated`. FaultError 10, 14."""
-        self.check_present()
-        self._refuse_if_old()
-        size = self.backing.size()
-        try:
-            self.backing.allocate(size, max(0, self.allocated - size))
-            self._sync()
-        except OSError as error:
-            raise FaultError(
-                FaultCode.GROW_FAILED,
-                f"the lost space could not be reserved again: {error}",
-                errno=error.errno or errno.EIO,
-            ) from error
-
     # -- growing and shrinking ------------------------------------------------------------------
 
     def prepare_growth(self, slots: int) -> None:
         """Reserve space for `slots` slots in all and write the new groups' empty tables.
 
         Touches nothing that is in use and may run beside barriers. `commit_growth` makes it
-        count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space).
+        count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space), 3 or 15
+        (`require_sound`).
         """
+        self.require_sound()
         size, failed_syncs = self.layout.size_of(slots), self._failed_syncs
         try:
             self.backing.allocate(self.allocated, size - self.allocated)
@@ -380,7 +348,8 @@ class DiffArea(AreaStore):
         """
         if not self.backing.is_device and not self.in_doubt:
             try:
-                self.backing.truncate(self.allocated)
+                if self.backing.size() > self.allocated:  # A file that was cut is never extended.
+                    self.backing.truncate(self.allocated)
             except OSError:
                 return
 

@@ -378,8 +378,8 @@ class _Scan:
         dropped: list[int] = []
         for slot, (wanted, block, epoch, _) in failing:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
-            # through to the replica, whatever that holds.
-            last = others.newest(block) == epoch
+            # through to the replica, whatever that holds. One may lie where nothing can be read.
+            last = others.newest(block) == epoch and not self.damaged and not self.is_cut
             if others.count(block, epoch) > 1 or (last and self._hash_of_replica(block) == wanted):
                 dropped.append(run.position(block, epoch, slot))
                 others.remove(block, epoch)

@@ -157,6 +157,13 @@ class WriteBuffer:
                 break
             self._enter(record)
 
+    def hold(self, error: FaultError) -> None:
+        """An opening has found what forbids copies: all of it stays in the ring, for `online`
+        (once the cause is mended) or for the next opening.
+        """
+        if self.ring is not None:
+            self.stuck = error
+
     async def finish(self) -> bool:
         """Before a clean close: carry everything out. True if nothing is left, nor can be."""
         if self.ring is None:

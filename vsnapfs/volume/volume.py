@@ -145,6 +145,8 @@ class Volume:
         if changed:
             volume.warnings.append(changed)
         await volume.buffer.adopt()
+        if opened.fault is not None:
+            volume.buffer.hold(opened.fault)
         await volume._judge(opened)
         await volume._heal_state()
         if mountpoint is not None:
@@ -328,7 +330,7 @@ class Volume:
             return
         if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
             return
-        if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
+        if area.superblock.clean or area.superblock.restoring or not area.is_sound:
             return
         try:
             await in_thread(core.sync_replica)
