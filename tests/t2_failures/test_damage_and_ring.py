@@ -8,13 +8,12 @@ preserve newer bytes in the point's own epoch, and the point would show them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import trio
+from damage import DAMAGES, LAYOUT, cut, cut_slots, rot, unreadable
 from filefuzz import poke
 from rig import (
     BLOCK,
@@ -30,13 +29,11 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
-from simdisk import PowerLoss, SimBacking
+from simdisk import PowerLoss
 
-from vsnapfs.diffarea.layout import SECTOR_SIZE, Layout
 from vsnapfs.errors import FaultCode, FaultError, VsnapError
 from vsnapfs.volume import Volume
 
-LAYOUT = Layout(BLOCK)
 BLOCKS = 8
 SIZE = BLOCKS * BLOCK
 OLD, NEW = pattern(1, SIZE), pattern(2, SIZE)
@@ -77,86 +74,6 @@ def killed(after: int, **options: Any) -> tuple[Rig, bytes]:
     rig.killed()
     rig.log.events.clear()
     return rig, bytes(content)
-
-
-# --- ways to damage an area, and to put that right -----------------------------------------------
-
-
-@dataclass
-class Damage:
-    """Something done to a rig's area; `undo` takes it back."""
-
-    undo: Callable[[], None]
-
-
-def _written_back(rig: Rig) -> None:
-    """The host has written its cache to the disk: only what lies there rots."""
-    file = rig.host.files["area"]
-    for change in file.journal:
-        change.apply(file.disk)
-    file.journal = []
-
-
-def _rot(rig: Rig, sector: int = 0) -> Damage:
-    """Both copies of a descriptor sector are overwritten."""
-    _written_back(rig)
-    offsets = LAYOUT.sector_offsets(sector)
-    kept = [rig.host.files["area"].cache.read(offset, SECTOR_SIZE) for offset in offsets]
-    for offset in offsets:
-        poke(rig, "area", offset, b"\xa5" * SECTOR_SIZE)
-
-    def undo() -> None:
-        for offset, data in zip(offsets, kept, strict=True):
-            poke(rig, "area", offset, data)
-
-    return Damage(undo)
-
-
-def _unreadable(rig: Rig, sector: int = 0) -> Damage:
-    """The disk does not give out both copies of a descriptor sector, for now."""
-    offsets = LAYOUT.sector_offsets(sector)
-    host = rig.host
-
-    def bad(backing: SimBacking, operation: str, start: int, length: int) -> None:
-        if (backing.name, operation) == ("area", "read") and any(
-            start < offset + SECTOR_SIZE and offset < start + length for offset in offsets
-        ):
-            raise OSError(errno.EIO, "bad sector")
-
-    host.hooks.append(bad)
-    return Damage(host.hooks.clear)
-
-
-def _cut(rig: Rig, size: int) -> Damage:
-    """The file ends earlier."""
-    _written_back(rig)
-    pages = rig.host.files["area"].cache
-    tail = pages.read(size, pages.size - size)
-    for end in (pages, rig.host.files["area"].disk):
-        end.resize(size)
-
-    def undo() -> None:
-        poke(rig, "area", size, tail)
-
-    return Damage(undo)
-
-
-def _cut_slots(rig: Rig) -> Damage:
-    return _cut(rig, LAYOUT.slot_offset(1))
-
-
-def _cut_tables(rig: Rig) -> Damage:
-    """In the middle of the first group's tables: nothing of the copies is left."""
-    return _cut(rig, LAYOUT.table_offsets(0)[0] + 3 * SECTOR_SIZE)
-
-
-DAMAGES: dict[str, Callable[[Rig], Damage]] = {
-    "rot": _rot,
-    "unreadable": _unreadable,
-    "rot elsewhere": partial(_rot, sector=1),
-    "cut in the slots": _cut_slots,
-    "cut in the tables": _cut_tables,
-}
 
 
 # --- what must hold meanwhile --------------------------------------------------------------------
@@ -238,13 +155,13 @@ def test_no_copy_is_made_while_the_area_is_damaged(how: str, policy: str) -> Non
     for step in range(_steps()):
         rig, content = killed(step, on_full=policy)
         ring, replica = _ring(rig), raw_replica(rig)
-        damage = DAMAGES[how](rig)
+        undo = DAMAGES[how](rig)
         for end in (Rig.close, Rig.killed):
             rig.run(_is_closed_for_writing)
             assert (_ring(rig), raw_replica(rig)) == (ring, replica)
             end(rig)
             assert (_ring(rig), raw_replica(rig)) == (ring, replica)
-        damage.undo()
+        undo()
 
         async def back(volume: Volume, rig: Rig = rig, content: bytes = content) -> None:
             await volume.online()
@@ -267,7 +184,7 @@ def test_after_repair_and_online_the_ring_is_carried_out() -> None:
     """
     for step in range(_steps()):
         rig, content = killed(step)
-        _cut_slots(rig)
+        cut_slots(rig)
 
         async def mend(volume: Volume, rig: Rig = rig, content: bytes = content) -> None:
             bad = await _old_or_eio(volume)
@@ -289,7 +206,7 @@ def test_after_repair_and_online_the_ring_is_carried_out() -> None:
 def test_a_dry_run_over_damage_changes_nothing() -> None:
     """`repair --dry-run` of a closed volume carries out nothing, not even for itself."""
     rig, _ = killed(_steps() // 2)
-    _rot(rig)
+    rot(rig)
     ring, replica = _ring(rig), raw_replica(rig)
 
     async def look(volume: Volume) -> None:
@@ -323,7 +240,7 @@ def test_a_file_that_is_cut_while_it_is_served_stays_cut(buffer: int) -> None:
     if buffer:
         rig.run(flush)
     size = LAYOUT.slot_offset(1)
-    _cut(rig, size)
+    cut(rig, size)
 
     async def go(volume: Volume) -> None:
         await write_at(volume, 5 * BLOCK, NEW[:BLOCK]) if buffer else None
@@ -359,7 +276,7 @@ def test_a_sector_that_rots_while_it_is_served_never_costs_a_point_a_byte() -> N
     """
     rig = _served(buffer=64 * 1024)
     rig.run(flush)
-    _rot(rig)
+    rot(rig)
 
     async def go(volume: Volume) -> None:
         volume.core.need_area()._sectors.clear()
@@ -390,7 +307,7 @@ def test_taking_back_a_failed_barrier_does_not_extend_a_file_that_was_cut() -> N
             area.barrier({7: None})
         assert area.needs_rollback
         size = LAYOUT.table_offsets(0)[0]
-        _cut(rig, size)
+        cut(rig, size)
         area.rollback()
         assert rig.host.files["area"].cache.size == size
         assert not area.needs_rollback
@@ -423,7 +340,7 @@ def test_what_is_hidden_is_no_proof_that_a_copy_may_go() -> None:
 
     # Block 0: OLD in epoch 2 (slot 20), NEW in epoch 3 (slot 0); the replica holds OLD again.
     poke(rig, "area", LAYOUT.slot_offset(20), b"\xff" * BLOCK)
-    damage = _unreadable(rig, 0)
+    undo = unreadable(rig, 0)
 
     async def hidden(volume: Volume) -> None:
         for number in (1, 2, 3):
@@ -431,7 +348,7 @@ def test_what_is_hidden_is_no_proof_that_a_copy_may_go() -> None:
 
     rig.run(hidden)
     rig.killed()
-    damage.undo()
+    undo()
 
     async def seen(volume: Volume) -> None:
         found = []
@@ -443,3 +360,54 @@ def test_what_is_hidden_is_no_proof_that_a_copy_may_go() -> None:
         assert (await read_point(volume, 3))[:BLOCK] == NEW[:BLOCK]
 
     rig.run(seen)
+
+
+def _same_again() -> Rig:
+    """Block 0 was preserved and overwritten, durably; its copy, of the newest barrier, rotted; what
+    was there before was written once more and never synced. Then the process was killed.
+    """
+    rig = Rig(size=SIZE)
+
+    async def begin(volume: Volume) -> None:
+        await write_at(volume, 0, OLD)
+        await volume.create_point()
+        await write_at(volume, 0, NEW[:BLOCK])
+        await flush(volume)
+        await write_at(volume, 0, OLD[:BLOCK])
+
+    rig.run(begin)
+    rig.killed()
+    poke(rig, "area", LAYOUT.slot_offset(0), b"\xff" * BLOCK)
+    return rig
+
+
+def test_what_proves_that_a_copy_may_go_is_durable() -> None:
+    """The copy is dropped because the replica holds its content; that outlasts a power failure."""
+    rig = _same_again()
+
+    async def look(volume: Volume) -> None:
+        assert await read_points(volume) == {1: OLD}
+
+    rig.run(look)
+    assert rig.log.params(1042)["dropped"] == 1
+    rig.crashed()
+    rig.run(look)
+
+
+def test_without_a_sync_of_the_replica_it_is_no_proof() -> None:
+    """The sync fails: the copy stays (EIO), and the volume is offline by fault 13 until `online`
+    has opened the replica anew.
+    """
+    rig = _same_again()
+    rig.host.fail("replica", "sync", errno.EIO)
+
+    async def look(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code is FaultCode.IO_FAILURE
+        assert await _old_or_eio(volume) == [0]
+        assert await attempt(flush(volume)) is not None
+        await volume.online()
+        await flush(volume)
+        assert await _old_or_eio(volume) == [0]
+
+    rig.run(look)

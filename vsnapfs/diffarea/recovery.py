@@ -72,7 +72,8 @@ class Report:
     healed: what was brought back from its twin, in words; rot: each structure among it that was
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
-    recovery points may be wrong after a power failure (durability "process").
+    recovery points may be wrong after a power failure (durability "process"). replica_error: a
+    sync of the replica failed, which Linux tells once only.
     """
 
     unclean: bool = False
@@ -85,6 +86,7 @@ class Report:
     differing: int = 0
     suspect: int = 0
     problems: list[str] = field(default_factory=list)
+    replica_error: OSError | None = None
 
 
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
@@ -204,6 +206,7 @@ class _Scan:
         self.report = Report(unclean=not superblock.clean, healed=notes)
         self.heal: dict[int, SectorImage] = {}
         self.damaged: list[int] = []
+        self._replica_synced = False
         #: The sectors of the newest barrier seen so far that mark something as fresh.
         self.newest: dict[int, SectorImage] = {}
 
@@ -380,7 +383,9 @@ class _Scan:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
             # through to the replica, whatever that holds. One may lie where nothing can be read.
             last = others.newest(block) == epoch and not self.damaged and not self.is_cut
-            if others.count(block, epoch) > 1 or (last and self._hash_of_replica(block) == wanted):
+            if others.count(block, epoch) > 1 or (
+                last and self._hash_of_replica(block) == wanted and self._sync_replica()
+            ):
                 dropped.append(run.position(block, epoch, slot))
                 others.remove(block, epoch)
                 self.report.dropped += 1
@@ -429,6 +434,18 @@ class _Scan:
         except OSError:
             return None
         return xxhash.xxh3_64_intdigest(data.ljust(size, b"\0"))
+
+    def _sync_replica(self) -> bool:
+        """Whether what the replica holds is durable. A copy that rotted after its block was
+        overwritten may have been needed, and what was written since may be the same by chance.
+        """
+        if not self._replica_synced and self.report.replica_error is None:
+            try:
+                self.replica.sync()
+                self._replica_synced = True
+            except OSError as error:
+                self.report.replica_error = error
+        return self._replica_synced
 
     def _clear(self, slot: int) -> None:
         sector, place = divmod(slot, SLOTS_PER_SECTOR)

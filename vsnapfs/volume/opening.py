@@ -210,6 +210,8 @@ def open_core(
         block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
         volume_id=volume_id,
     )
+    if report is not None and report.replica_error is not None:
+        core.replica_failed, core.replica_error = True, report.replica_error
     return Opened(core, saved, problem, report, warnings, state_problem, store)
 
 
@@ -268,6 +270,12 @@ def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> Fau
             FaultCode.META_DATA_CORRUPTION,
             f"{len(area.damaged_sectors)} descriptor sectors are bad in both copies "
             f"(the first is number {area.damaged_sectors[0]})",
+        )
+    if report is not None and report.replica_error is not None:
+        return FaultError(
+            FaultCode.IO_FAILURE,
+            f"the replica could not be synced: {report.replica_error.strerror}",
+            errno=report.replica_error.errno or errno.EIO,
         )
     return None
 
