@@ -55,6 +55,8 @@ class DiffArea(MendableStore):
         count = self.layout.slots_in(superblock.allocated) if slots is None else slots
         self.slots = SlotMap(count)
         self.index = Index()
+        #: There was no memory for its index: no copy can be read, only the superblock is known.
+        self.is_unread = False
         #: Slots described by damaged sectors: perhaps in use, never to be given out.
         self.unknown_slots: tuple[int, ...] = ()
         #: Where blocks of zeros of the current epoch are described: span (block // 64) → (slot,
@@ -176,7 +178,7 @@ class DiffArea(MendableStore):
         With a descriptor sector lost, or in an old copy of the area, a copy in the point's own
         epoch is still the right one; anything else could be overruled by one we cannot see.
         """
-        return epoch == point or not (self.damaged_sectors or self.is_old)
+        return epoch == point or not (self.damaged_sectors or self.is_old or self.is_unread)
 
     def read_copies(self, wanted: Sequence[Copy]) -> list[Bytes | None]:
         """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1).
@@ -325,7 +327,8 @@ class DiffArea(MendableStore):
         self.require_sound()
         size, failed_syncs = self.layout.size_of(slots), self._failed_syncs
         try:
-            self.backing.allocate(self.allocated, size - self.allocated)
+            if size > self.allocated:  # Else a growth was committed that then lacked memory.
+                self.backing.allocate(self.allocated, size - self.allocated)
             old_groups = self.layout.groups_of(len(self.slots))
             self._write_tables(old_groups, self.layout.groups_of(slots))
             self._sync()
@@ -389,14 +392,17 @@ class DiffArea(MendableStore):
         self.barrier(dict.fromkeys(slots))
 
     def cut(self, slots: int, maximum: int) -> None:
-        """Shrink to `slots` slots and to a new maximum; then the caller resizes `slots`.
+        """Shrink to `slots` slots and to a new maximum.
 
         None of the slots cut off is in use, or given out meanwhile.
         """
-        self.commit(allocated=self.layout.size_of(slots), maximum=maximum)
         # Sectors of groups that are gone must not be written from memory again.
         last = self.layout.groups_of(slots) * SECTORS_PER_GROUP
-        self._sectors = {s: image for s, image in self._sectors.items() if s < last}
+        kept = {s: image for s, image in self._sectors.items() if s < last}
+        self.commit(allocated=self.layout.size_of(slots), maximum=maximum)
+        # Nothing that could fail comes between: no slot beyond the end may be given out again.
+        self.slots.resize(slots)
+        self._sectors = kept
         self.trim()
 
 

@@ -22,7 +22,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,8 +151,9 @@ def open_area(
     known: a generation that has been written; below it the area is an old copy (`is_old`), to which
     nothing is written. FormatError: not a diff area, of another volume, another version, rotted
     superblocks. VsnapError "other-replica": `replica` is not the one it belongs to.
-    FaultError 2: an I/O error while reading. Damaged descriptors do not raise: they are in
-    `DiffArea.damaged_sectors` and in the report's `problems`.
+    FaultError 2: an I/O error while reading. Without memory for the index only the superblock
+    counts (`DiffArea.is_unread`); MemoryError: not even for that. Damaged descriptors do not raise:
+    they are in `DiffArea.damaged_sectors` and in the report's `problems`.
     """
     try:
         found, notes, rot = read_superblocks(backing)
@@ -176,8 +177,12 @@ def open_area(
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
         scan.area.know_generations(copy.generation for copy in found)
-        return scan.run()
+        with suppress(MemoryError):
+            return scan.run()
+        return scan.give_up()
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise FaultError(
             FaultCode.IO_FAILURE_DURING_ONLINE,
             f"the diff area could not be read: {error}",
@@ -247,6 +252,14 @@ class _Scan:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
             area.heal(self.heal)
         return area, report
+
+    def give_up(self) -> tuple[DiffArea, Report]:
+        """There is no memory for it: an area of which nothing but the superblock is known."""
+        area = DiffArea(self.backing, self.superblock, 0)
+        area.is_unread = area.is_incomplete = True
+        area.is_old = self.area.is_old
+        area.know_generations(self.area.known_generations)
+        return area, Report(unclean=not self.superblock.clean)
 
     # -- reading the tables -----------------------------------------------------------------------
 

@@ -17,13 +17,14 @@ Leaves to `area` what the slots hold and how many there are. Plain synchronous P
 from __future__ import annotations
 
 import errno
+import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from ..backing import Backing, Removed
-from ..errors import FaultCode, FaultError, FormatError
+from ..errors import FaultCode, FaultError, FormatError, unexpected
 from .descriptors import (
     Descriptor,
     SectorImage,
@@ -47,6 +48,26 @@ _CACHED_SECTORS = 256
 _EARLY = 1 << 20
 
 
+_P = ParamSpec("_P")
+
+
+def _faults_only(method: Callable[_P, None]) -> Callable[_P, None]:
+    """What nobody planned for (no memory) is a fault, too: the disk may hold half of what was
+    begun, and every caller knows what to do about a FaultError.
+    """
+
+    @functools.wraps(method)
+    def careful(*args: _P.args, **options: _P.kwargs) -> None:
+        try:
+            method(*args, **options)
+        except FaultError:
+            raise
+        except Exception as error:
+            raise unexpected(error, None) from error
+
+    return careful
+
+
 class AreaStore:
     """The durable half of a `DiffArea`."""
 
@@ -61,6 +82,8 @@ class AreaStore:
         #: Sectors of which both copies are bad. While there are any, a read that could depend
         #: on them is EIO (`DiffArea.may_trust`), and the volume is offline by fault 3.
         self.damaged_sectors: tuple[int, ...] = ()
+        #: An opening ran out of memory: of what the area holds not all may be known (fault 4).
+        self.is_incomplete = False
         self.barrier_number = superblock.barrier
         self._generations = {superblock.generation}
         self._on_disk = b""  # what the last commit wrote: comparing is faster than decoding
@@ -86,12 +109,14 @@ class AreaStore:
 
     # -- the superblock -------------------------------------------------------------------------
 
+    @_faults_only
     def commit(self, **changes: Any) -> None:
         """Write the superblock with `changes`: both copies, one after the other, each synced.
 
         Unless `clean` is among the changes, it then says that the area is in use.
-        FaultError 13 (I/O), 14 (gone), 15 (somebody else wrote to it). On an error `superblock`
-        stays as it was, though the disk may already hold the new state in one copy.
+        FaultError 13 (I/O), 14 (gone), 15 (somebody else wrote to it), 4 or 11 (what nobody planned
+        for). On an error `superblock` stays as it was, though the disk may already hold the new
+        state in one copy: whatever happens, it is a FaultError, so that nobody goes on as before.
         """
         self.check_present()
         self._refuse_if_old()
@@ -147,6 +172,11 @@ class AreaStore:
         """Generations found on disk at open, in either copy: finding them again is no surprise."""
         self._generations.update(generations)
 
+    @property
+    def known_generations(self) -> frozenset[int]:
+        """The generations that are no surprise on the disk."""
+        return frozenset(self._generations)
+
     def check_present(self) -> None:
         """FaultError 14 if the path no longer leads to this area."""
         try:
@@ -164,7 +194,7 @@ class AreaStore:
             )
 
     def require_sound(self) -> None:
-        """FaultError 3 or 15 unless all that was ever recorded here is known, and has its space.
+        """FaultError 3, 4 or 15 unless all that was ever recorded here is known, with its space.
 
         Otherwise a block may have a copy that we do not know of, and may have been overwritten:
         what is there now would be recorded as its content in the same epoch.
@@ -174,6 +204,12 @@ class AreaStore:
             raise FaultError(
                 FaultCode.META_DATA_CORRUPTION,
                 "descriptors are lost: what has a copy already is not known",
+            )
+        if self.is_incomplete:
+            raise FaultError(
+                FaultCode.MEMORY_ALLOCATION_FAILURE,
+                "it was opened without enough memory: what has a copy already is not known",
+                errno=errno.ENOMEM,
             )
         self.require_whole()
 
@@ -252,7 +288,7 @@ class AreaStore:
                 raise OSError(errno.EIO, "an earlier sync of the diff area failed")
             try:
                 self.backing.sync()
-            except OSError:
+            except BaseException:
                 self._sync_failed = True
                 self._failed_syncs += 1
                 raise
@@ -286,12 +322,14 @@ class AreaStore:
                 ) from error
             start = end
 
+    @_faults_only
     def barrier(self, changes: Mapping[int, Descriptor | None]) -> None:
         """Record what slots hold (None: nothing any more) and make all of it durable.
 
         changes: slot → descriptor; the blocks were written with `write_copies`. FaultError 7
-        (write or sync failed: nothing of it counts), 14, 3 (a sector cannot be read, or as in
-        `require_sound`), 13 or 15 (an earlier commit failed, and this one too).
+        (write or sync failed: nothing of it counts), 14, 4 or 11 (as in `commit`), 3 (a sector
+        cannot be read, or as in `require_sound`), 13 or 15 (an earlier commit failed, and this one
+        too).
         """
         self.check_present()
         self.require_sound()
@@ -321,16 +359,20 @@ class AreaStore:
             self._write_sectors(after)
             if not self.relaxed:
                 self._sync()
-        except OSError as error:
+            self._remember(after)
+        except BaseException as error:
+            # Whatever it was: what is on the disk is not what the caller will believe.
             self._suspects = before
+            if not isinstance(error, OSError):
+                raise
             raise FaultError(
                 FaultCode.COW_WRITE_FAILURE,
                 f"copies could not be made durable: {error}",
                 errno=error.errno or errno.EIO,
             ) from error
         self.barrier_number = number
-        self._remember(after)
 
+    @_faults_only
     def rollback(self) -> None:
         """After a failed barrier: put its sectors back as they were, durably. FaultError 7.
 

@@ -30,8 +30,7 @@ import trio
 
 from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
-from ..errors import FaultCode, FaultError, FormatError
-from .copying import unexpected
+from ..errors import FaultCode, FaultError, FormatError, unexpected
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import LEAST, NO_ID, Record, Ring, RingStore
@@ -136,7 +135,7 @@ class WriteBuffer:
         An Error event says so if that is lost though the machine has been up all the time.
         """
         core, store, area = self._core, self._store, self._core.area
-        if area is None or store is None or area.is_old:
+        if area is None or store is None or area.is_old or area.is_unread:
             return
         named, problem = area.superblock.ring, "it is gone"
         if area.superblock.boot != store.boot:
@@ -350,8 +349,8 @@ class WriteBuffer:
                         break
                 if not records or self.stuck is not None:
                     return
-                self._prefetch(len(records))
                 try:
+                    self._prefetch(len(records))
                     error = await self.writer.preserve_acknowledged(
                         dict.fromkeys(b for record in records for b in self._blocks(record)),
                         self.slots,
@@ -385,10 +384,9 @@ class WriteBuffer:
                     return
                 try:
                     await in_thread(self._write, records)
+                    self._release(records)
                 except Exception as error:  # noqa: BLE001 - as above
                     await self._get_stuck(self._as_fault(error))
-                    return
-                self._release(records)
 
     def _write(self, records: list[Record]) -> None:
         core, ring = self._core, self.ring
@@ -416,13 +414,13 @@ class WriteBuffer:
         pending = self.pending
         for record in records:
             self._to_overwrite.popleft()
+            self._released += 1
             for block in self._blocks(record):
                 waiting = pending[block]
                 if len(waiting) == 1:
                     del pending[block]
                 else:
                     waiting.pop(0)
-        self._released += len(records)
         self._wake()
         if self._store is not None and not self.reason and not self._store.is_there(self.ring):
             self._give_up("its file has been removed")

@@ -236,9 +236,7 @@ def _open_area(
             raise
         raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
     except MemoryError as error:
-        raise FaultError(
-            FaultCode.MEMORY_ALLOCATION_FAILURE, "no memory for the index", errno=errno.ENOMEM
-        ) from error
+        raise no_memory() from error
     given_up = saved.given_up
     if any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
@@ -249,14 +247,26 @@ def _open_area(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )
         numbers = [point.number for point in kept]
-        area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
-        area.index.compact(numbers)
+        if not area.is_unread:
+            area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
+            area.index.compact(numbers)
         report.unclean = True
     return area, report
 
 
+def no_memory() -> FaultError:
+    """The fault of an opening that ran out of memory."""
+    return FaultError(
+        FaultCode.MEMORY_ALLOCATION_FAILURE,
+        "there was not enough memory to read the diff area",
+        errno=errno.ENOMEM,
+    )
+
+
 def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
     superblock = area.superblock
+    if area.is_unread:
+        return no_memory()
     if area.is_old:
         return FaultError(
             FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
