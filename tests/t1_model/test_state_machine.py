@@ -17,6 +17,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import trio
+from damage import by_number
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -370,7 +371,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @rule(
         after=st.one_of(st.integers(0, 20), st.integers(0, 60)),
-        how=st.sampled_from(["kill", "lost", "kept", "dice", "dice", "dice"]),
+        how=st.sampled_from(["kill", "damaged", "lost", "kept", "dice", "dice", "dice"]),
         seed=st.integers(0, 1 << 30),
     )
     def the_end_comes_during_the_next(self, after: int, how: str, seed: int) -> None:
@@ -384,6 +385,84 @@ class VolumeMachine(RuleBasedStateMachine):
         choose = {"lost": nothing_kept, "kept": everything_kept, "dice": by_dice(dice.choice)}[how]
         self.rig.crashed(choose)
         self.model.accept(raw_replica(self.rig))
+
+    @precondition(lambda self: self.planned is None)
+    @rule(number=st.integers(0, 1 << 20), close=st.booleans())
+    def damaged_for_a_while(self, number: int, close: bool) -> None:
+        """Part of the area cannot be seen in one opening, and is there again in the next."""
+        if self.rig.volume is None:
+            return
+        if close:
+            self.rig.close()
+            if not self.model.offline:
+                self.model.synced()
+        else:
+            self.rig.killed()
+        self.damaged(number)
+
+    @precondition(lambda self: self.planned is None and len(self.model.points) < MAX_POINTS_HERE)
+    @rule(
+        places=st.lists(fractions, min_size=1, max_size=5),
+        after=st.integers(0, 14),
+        number=st.integers(0, 1 << 20),
+    )
+    def damaged_after_a_kill(self, places: list[int], after: int, number: int) -> None:
+        """Killed while writes are carried out, of which some have overwritten their blocks."""
+        self.perform(self.do_create)  # So that there is something to preserve.
+
+        async def write_and_die(volume: Volume) -> None:
+            for at in places:
+                await self.do_write(volume, *self.some(at))
+            self.rig.host.stop_at = self.rig.host.operations + after
+            with contextlib.suppress(OSError):
+                await volume.buffer.drain()
+            self.after(volume)
+
+        with contextlib.suppress(PowerLoss):
+            self.rig.run(write_and_die)
+        self.rig.killed()
+        self.damaged(number)
+
+    def some(self, at: int) -> tuple[int, bytes]:
+        offset, length = self.place(at, BLOCK)
+        return offset, self.fresh(length)
+
+    def damaged(self, number: int) -> None:
+        """Of a volume that nobody has open: meanwhile nothing is carried out by anybody, and a
+        point shows what it holds or EIO; afterwards all is as it was.
+        """
+        rig = self.rig
+        undo = by_number(rig, number)
+        before = raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}
+
+        async def look(volume: Volume) -> bool:
+            assert not volume.protection.is_online
+            for point in volume.points:
+                wanted = self.model.points.get(point.number)
+                handle = volume.open_point(point.number)
+                for at in range(0, volume.size, BLOCK):
+                    with contextlib.suppress(OSError):
+                        found = bytes(await handle.read(at, BLOCK))
+                        assert wanted is None or wanted[at : at + BLOCK] == found, "newer bytes"
+                handle.close()
+            error = await attempt(volume.online())
+            assert isinstance(error, VsnapError)
+            assert error.code == "no-way-online"
+            fault = volume.protection.fault
+            return fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+
+        by_damage = rig.run(look)
+        assert (raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}) == before
+        rig.killed()
+        undo()
+
+        async def back(volume: Volume) -> None:
+            await volume.online()
+            if self.model.offline:  # By hand, which fault 3 had taken the place of.
+                await volume.go_offline()
+
+        if by_damage:
+            rig.run(back)
 
     # -- how every rule runs ----------------------------------------------------------------------
 
@@ -403,8 +482,10 @@ class VolumeMachine(RuleBasedStateMachine):
         self.rig.host.stop_at = self.rig.host.operations + after
         with contextlib.suppress(PowerLoss):
             self.rig.run(work, *args)
-        if how == "kill":
+        if how in ("kill", "damaged"):
             self.rig.killed()
+            if how == "damaged":
+                self.damaged(seed)
             found = self.rig.run(self.seen)
             for offset, data in self.flight.writes:
                 if found[offset : offset + len(data)] == data:
@@ -450,7 +531,7 @@ class VolumeMachine(RuleBasedStateMachine):
                 if actual == model.points[flight.restoring] and actual != model.content:
                     model.content = bytearray(actual)
                     model.synced()
-                elif how != "kill":
+                elif how not in ("kill", "damaged"):
                     model.accept(actual)
                 # Killed before it began: what was not synced is so still.
 

@@ -61,6 +61,9 @@ def _report(name: str) -> dict[str, Any]:
     except OSError as error:
         failure = VsnapError(f"{name}: {error.strerror or error}", errno=error.errno or 5)
         return {"volume": name, "state": None, "fault": None, "error": failure.to_json()}
+    except MemoryError:
+        failure = VsnapError(f"{name}: there is not enough memory to look at it", errno=12)
+        return {"volume": name, "state": None, "fault": None, "error": failure.to_json()}
 
 
 def _show(reports: list[dict[str, Any]]) -> None:

@@ -31,7 +31,10 @@ _CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair 
 _GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
 _SAVE = ("Save what can be read: vsnapfs recovery-point export {v} POINT FILE",)
 _BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
-_FREE_MEMORY = ("Free some memory, or raise the limit this process runs under.",)
+_FREE_MEMORY = (
+    "Free some memory, or raise the limit the process runs under.",
+    "If it was offline from the mount on, unmount it and mount it again.",
+)
 _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_MISSING: (*_BRING_BACK, *_GIVE_UP),
     FaultCode.IO_FAILURE_DURING_ONLINE: _CHECK_DISK,

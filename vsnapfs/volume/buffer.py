@@ -34,9 +34,8 @@ import trio
 from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
 from ..diffarea.superblock import NO_RING, RingName
-from ..errors import FaultCode, FaultError
+from ..errors import FaultCode, FaultError, unexpected
 from .adoption import adopt, closed
-from .copying import unexpected
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record, Ring
@@ -169,7 +168,7 @@ class WriteBuffer:
         """
         area = self._core.area
         # An old copy of the area names a ring of its time, and may not be carried out on anyway.
-        if area is not None and not area.is_old:
+        if area is not None and not area.is_old and not area.is_unread:
             await self._adopt(area.superblock.ring, area.superblock.boot, give_up=give_up)
         self._given_up = give_up
 
@@ -208,6 +207,13 @@ class WriteBuffer:
                 )
                 break
             self._enter(record)
+
+    def hold(self, error: FaultError) -> None:
+        """An opening has found what forbids copies: all of it stays in the ring, for `online`
+        (once the cause is mended) or for the next opening.
+        """
+        if self.ring is not None:
+            self.stuck = error
 
     async def finish(self) -> bool:
         """Before a clean close: carry everything out. True if nothing is left, nor can be."""
@@ -429,8 +435,8 @@ class WriteBuffer:
                         break
                 if not records or self.stuck is not None:
                     return
-                self._prefetch(len(records))
                 try:
+                    self._prefetch(len(records))
                     error = await self.writer.preserve_acknowledged(
                         dict.fromkeys(b for record in records for b in self._blocks(record)),
                         self.slots,
@@ -465,10 +471,9 @@ class WriteBuffer:
                 try:
                     with self._core.admin.waits_for("acknowledged writes to reach the replica"):
                         await in_thread(self._write, records)
+                    self._release(records)
                 except Exception as error:  # noqa: BLE001 - as above
                     await self._get_stuck(self._as_fault(error))
-                    return
-                self._release(records)
 
     def _write(self, records: list[Record]) -> None:
         core, ring = self._core, self.ring
@@ -495,9 +500,9 @@ class WriteBuffer:
             self.ring.release(records[-1])
         for record in records:
             self._to_overwrite.popleft()
+            self._released += 1
             for block in self._blocks(record):
                 self._leave(block, 0)
-        self._released += len(records)
         self._wake()
         self._look_if_there()
 

@@ -20,7 +20,7 @@ import xxhash
 from ..diffarea.area import DiffArea
 from ..diffarea.descriptors import ZERO_SPAN, Descriptor, with_zeros
 from ..diffarea.index import ZEROS
-from ..errors import FaultCode, FaultError
+from ..errors import FaultCode, FaultError, unexpected
 from .core import Core
 
 _STAGING = 4 << 20
@@ -242,15 +242,6 @@ class Copier:
             if at + length < end:
                 view[at + length : end] = bytes(end - at - length)
             at = end
-
-
-def unexpected(error: Exception, block: int | None) -> FaultError:
-    """The fault that stands for an error nobody planned for."""
-    if isinstance(error, MemoryError):
-        text = "there is no memory for the copy"
-        code = FaultCode.MEMORY_ALLOCATION_FAILURE
-        return FaultError(code, text, errno=errno.ENOMEM, block=block)
-    return FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block)
 
 
 def runs_of(blocks: Iterable[int]) -> list[tuple[int, int]]:

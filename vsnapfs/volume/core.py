@@ -232,6 +232,24 @@ class Core:
             )
         return self.area
 
+    def need_index(self) -> DiffArea:
+        """`need_area`, and VsnapError if there was no memory to read it."""
+        area = self.need_area()
+        if area.is_unread:
+            raise self.out_of_memory("its diff area could not be read")
+        return area
+
+    def out_of_memory(self, what: str) -> VsnapError:
+        """The error of an operation that an opening without enough memory has made impossible."""
+        return VsnapError(
+            f"volume {self.name} was opened without enough memory: {what}",
+            hint="Free some memory, or raise the limit this process runs under; then unmount the "
+            "volume, if it is mounted, and try again.",
+            errno=errno.ENOMEM,
+            exit_code=3,
+            code="no-memory",
+        )
+
     def sync_replica(self) -> None:
         """Make the replica durable; in a worker thread. OSError, then for every later call, too.
 
@@ -242,8 +260,10 @@ class Core:
                 raise OSError(errno.EIO, "an earlier sync of the replica failed")
             try:
                 self.replica.sync()
-            except OSError as error:
-                self.replica_failed, self.replica_error = True, error
+            except BaseException as error:
+                self.replica_failed = True
+                if isinstance(error, OSError):
+                    self.replica_error = error
                 raise
 
     async def commit(self, **changes: Any) -> None:

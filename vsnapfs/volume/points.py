@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import trio
 
+from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.layout import MAX_POINTS
 from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
@@ -118,7 +119,7 @@ class Points:
                 ) from None
         # An area from before this point, put back, must look old to the next opening (15). What
         # was saved before the commit cannot say that.
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             await in_thread(protection.save)
         core.log.log("vsnapfs", 1010, volume=core.name, point=point.number, label=label)
         core.changed()
@@ -230,21 +231,29 @@ class Points:
             core.admin.begin()
             await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
             self.gone.update(numbers)
-            live = [point.number for point in remaining]
-
-            def tidy() -> BlockSet:
-                area.index.compact(live)
-                preserved = BlockSet()
-                if live:
-                    preserved.update(area.index.blocks_since(live[-1]))
-                return preserved
-
-            core.preserved = await in_thread(tidy)
-            kept = area.index.live_slots(live)
-            area.zero_spans.clear()  # Some of their slots may be free now.
-            area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
+            area.zero_spans.clear()  # Some of their slots will be free.
+            with suppress(MemoryError):
+                # They are gone all the same, and what memory keeps of them does no harm: blocks are
+                # preserved that need not be. The next deletion or opening gives the space back.
+                await self._tidy(area, [point.number for point in remaining])
         core.changed()
         return True
+
+    async def _tidy(self, area: DiffArea, live: list[int]) -> None:
+        """Forget what only deleted points needed, free its slots. The caller holds `area_lock`."""
+
+        def work() -> BlockSet:
+            area.index.compact(live)
+            preserved = BlockSet()
+            if live:
+                preserved.update(area.index.blocks_since(live[-1]))
+            return preserved
+
+        if area.is_unread:
+            return
+        self._core.preserved = await in_thread(work)
+        kept = area.index.live_slots(live)
+        area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
 
     async def forget_all(self) -> None:
         """Give up every point even if the diff area cannot be written any more. FaultError 13.

@@ -190,7 +190,8 @@ class Repair:
                 mended |= await self._mend(area, problem)
         for problem in structures:
             mended |= await self._mend(area, problem)
-        leftovers = await self._leftovers(area)
+        # While descriptors are lost, nothing is described anew (`AreaStore.require_sound`).
+        leftovers = [] if area.damaged_sectors else await self._leftovers(area)
         for problem in problems:
             if problem["what"] == "preserved block":
                 mended |= await self._mend(area, problem)

@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from ..diffarea.area import DiffArea
-from ..errors import BusyError, FaultCode, FaultError, VsnapError
+from ..errors import BusyError, FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
 from .core import Core, Progress, in_thread
 from .points import Points
@@ -31,12 +31,19 @@ def no_progress(_phase: str, _done: int, _total: int) -> None:
     """A progress callback for callers that have none."""
 
 
-def as_fault(error: FaultError | OSError | VsnapError) -> FaultError:
+def as_fault(error: BaseException) -> FaultError:
     """What interrupts a restore takes the volume offline: fault 13 if it is none by itself."""
     if isinstance(error, FaultError):
         return error
-    text = f"a restore was interrupted: {error}"
-    return FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
+    number = errno.EIO
+    if isinstance(error, OSError | VsnapError):
+        number = error.errno or errno.EIO
+    elif isinstance(error, trio.TooSlowError):
+        number = errno.ETIMEDOUT
+    elif isinstance(error, Exception):
+        return unexpected(error, None)
+    text = f"a restore was interrupted: {str(error) or type(error).__name__}"
+    return FaultError(FaultCode.IO_FAILURE, text, errno=number)
 
 
 class Restore:
@@ -127,14 +134,19 @@ class Restore:
                 await core.commit(restoring=number)
             core.log.log("volsnap", 64, volume=core.name, point=number, count=len(todo))
             await self._write(number, todo, progress)
-        except (FaultError, OSError, VsnapError) as error:
-            # Whatever it was, the replica is a mixture now: nobody may have it before `online`
-            # has gone on with this.
+        except BaseException as error:
+            # Whatever it was, a cancellation included, the replica is a mixture now: nobody may
+            # have it before `online` has gone on with this.
             fault = as_fault(error)
-            await self._protection.trip(fault, needed=len(new))
+            with trio.CancelScope(shield=True):
+                await self._protection.trip(fault, needed=len(new))
+            if not isinstance(error, Exception):
+                raise
             raise VsnapError(
                 f"volume {core.name}: restoring point {number} was interrupted: {fault.message}",
-                hint="It goes on when the volume is online again ('vsnapfs online').",
+                hint="It goes on when the volume is online again ('vsnapfs online')."
+                if area.superblock.restoring
+                else "Nothing was changed. Bring the volume online ('vsnapfs online'), try again.",
                 errno=fault.errno,
                 exit_code=3,
                 code="fault",

@@ -29,10 +29,10 @@ def status_of(volume: Volume) -> dict[str, Any]:
         "pid": os.getpid() if volume.mountpoint else None,
         "diff_area": {
             "path": str(path),
-            "used": area.used if area else None,
+            "used": area.used if area and not area.is_unread else None,
             "allocated": area.allocated if area else None,
             "maximum": area.maximum if area else saved.maximum or None,
-            "minimum": area.minimum_for_used if area else None,
+            "minimum": area.minimum_for_used if area and not area.is_unread else None,
         }
         | volume.onlookers.status("diff area"),
         "replica": {"path": str(core.replica.path), "size": core.size}

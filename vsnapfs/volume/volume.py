@@ -31,7 +31,7 @@ from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle, SynchronousHandle
 from .onlookers import Onlookers
-from .opening import Opened, check_replica, close_files, open_files
+from .opening import Opened, check_replica, close_files, no_memory, open_files
 from .overlay import NoLog
 from .points import Points
 from .protection import Protection, log_fault
@@ -67,6 +67,8 @@ class Volume:
         self._stopped = trio.Event()
         self._stopped.set()
         self._closed = False
+        #: It was opened without enough memory, and stays offline until it is opened anew.
+        self._lacks_memory = False
 
     @property
     def directory(self) -> Path:
@@ -194,9 +196,17 @@ class Volume:
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             self.warnings.append(changed)
-        await self.buffer.adopt(give_up=give_up_write_buffer)
-        await self._judge(opened)
-        await self._heal_state()
+        try:
+            await self.buffer.adopt(give_up=give_up_write_buffer)
+        except MemoryError:  # All of it stays as it is, for an opening that has the memory.
+            opened.fault = opened.fault or no_memory()
+        if opened.fault is not None:
+            self.buffer.hold(opened.fault)
+        try:
+            await self._judge(opened)
+            await self._heal_state()
+        except MemoryError:
+            await self._offline_at_open(no_memory())
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
@@ -274,7 +284,9 @@ class Volume:
     async def _heal_state(self) -> None:
         """Write a state file anew of which a copy was missing, bad or older than the other."""
         protection = self.protection
-        with suppress(OSError):
+        if self._lacks_memory:
+            return  # What is in memory is not what the file should say.
+        with suppress(OSError, MemoryError):
             wrong = await in_thread(protection.check_state)
             if not wrong:
                 return
@@ -286,6 +298,12 @@ class Volume:
         another one beside it does not replace it, but is told.
         """
         protection = self.protection
+        if error.code is FaultCode.MEMORY_ALLOCATION_FAILURE:
+            # Something of the opening could not be done, whatever it was: no copy may be made.
+            self._lacks_memory = True
+            self.buffer.hold(error)
+            if self.core.area is not None:
+                self.core.area.is_incomplete = True
         known = protection.fault
         missing = error.code is FaultCode.DIFF_AREA_MISSING
         if not protection.is_online and (known is not None or missing):
@@ -299,15 +317,22 @@ class Volume:
             return
         protection.is_online = True  # So that `mark` records the fault over a plain offline.
         protection.mark(error)
-        await in_thread(self._save_fault)
+        if self._lacks_memory and self.mountpoint is None:
+            # This command lacks it, not the volume: the next process need not find it offline.
+            protection.settled()
+            return
+        try:
+            await in_thread(self._save_fault)
+        finally:
+            protection.settled()
 
     def _save_fault(self) -> None:
         protection = self.protection
-        assert protection.fault is not None
-        log_fault(self.core.log, self.core.name, protection.fault)
-        with suppress(OSError):
+        if protection.fault is not None:
+            with suppress(MemoryError):
+                log_fault(self.core.log, self.core.name, protection.fault)
+        with suppress(OSError, MemoryError):
             protection.save(offline=True, fault=protection.fault)
-        protection.settled()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the background work (growth, an interrupted restore) until `close`."""
@@ -345,20 +370,18 @@ class Volume:
 
     async def _continue_restore(self) -> None:
         """Go on with an in-place restore that was interrupted. It is the caller's turn."""
-        area = self.core.area
-        if area is None or not self.protection.is_online or not area.superblock.restoring:
-            return
-        if self.core.dry_run:
+        if not self._is_half_restored or not self.protection.is_online or self.core.dry_run:
             return
         try:
             await self._restore.go_on()
             self.account.restore_is_finished()
-        except (FaultError, OSError, VsnapError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the replica is a mixture
             await self.protection.trip(as_fault(error))
-        except trio.TooSlowError:
-            await self.protection.trip(
-                as_fault(VsnapError("writes in flight took too long", errno=errno.ETIMEDOUT))
-            )
+
+    @property
+    def _is_half_restored(self) -> bool:
+        area = self.core.area
+        return area is not None and bool(area.superblock.restoring)
 
     async def close(self, before_unlocking: Callable[[], None] = lambda: None) -> None:
         """Close cleanly: wait for writes, flush, record the replica's identity, unlock."""
@@ -393,7 +416,7 @@ class Volume:
             return
         if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
             return
-        if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
+        if area.superblock.clean or area.superblock.restoring or not area.is_sound:
             return
         try:
             await core.flush_replica()
@@ -401,9 +424,12 @@ class Volume:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
             await in_thread(self._note_generation)
-        except (FaultError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - then it is closed as it is
             core.log.log(
-                "vsnapfs", 1091, volume=core.name, reason=f"the volume could not be closed: {error}"
+                "vsnapfs",
+                1091,
+                volume=core.name,
+                reason=f"the volume could not be closed: {error!r}",
             )
 
     def _note_generation(self) -> None:
@@ -466,6 +492,8 @@ class Volume:
         async with self.core.admin.turn("taking the volume offline"):
             if self.protection.restoring:
                 self.protection.require_online("taking it offline")
+            if self._lacks_memory:
+                raise self.core.out_of_memory("that is all that keeps it offline")
             self.core.admin.begin()
             await self.protection.take_offline()
 
@@ -478,11 +506,15 @@ class Volume:
         what = "giving up the recovery points" if give_up_recovery_points else "coming online"
         async with self.core.admin.turn(what):
             if give_up_recovery_points:
+                if self._lacks_memory:
+                    raise self.core.out_of_memory("there is no reason to give anything up")
                 async with self.core.shape_lock:
                     return await giveup.give_up_recovery_points(self)
-            if self.protection.is_online:
+            warnings = []
+            if not self.protection.is_online:
+                warnings = await self._bring_back()
+            elif not self._is_half_restored:
                 return [f"volume {self.core.name} is already online"]
-            warnings = await self._bring_back()
             await self._continue_restore()
             if self.protection.state == "offline":
                 fault = self.protection.fault
@@ -529,6 +561,8 @@ class Volume:
         core, area = self.core, self.core.area
         give_up = "'vsnapfs online --give-up-recovery-points' starts an empty one, without points"
         reason = hint = ""
+        if self._lacks_memory:
+            raise core.out_of_memory("it cannot come online")
         if area is None:
             reason = self.protection.trouble or "its diff area could not be opened"
             hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
@@ -566,7 +600,7 @@ class Volume:
         """Check every structure and every copy. Repairs nothing. See `diffarea.verify`."""
         report = progress or no_progress
         async with self.core.shape_lock:
-            area = self.core.need_area()
+            area = self.core.need_index()
             async with self.core.area_lock:  # It walks the index, to which writes add.
                 run = await in_thread(
                     Verification, area, lambda: [point.number for point in self.core.points]
@@ -591,6 +625,8 @@ class Volume:
         self, *, dry_run: bool = False, progress: Progress | None = None
     ) -> dict[str, Any]:
         """Bring back what can be brought back, and say what cannot. See `repair`. VsnapError."""
+        if self._lacks_memory:
+            raise self.core.out_of_memory("what there is to mend is not known")
         return await repair.Repair(self, dry_run=dry_run).run(progress or no_progress)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:

@@ -29,9 +29,9 @@ import trio
 from ..backing import Bytes
 from ..diffarea.area import DiffArea
 from ..diffarea.index import SLOT_MASK
-from ..errors import FaultCode, FaultError
+from ..errors import FaultCode, FaultError, unexpected
 from .buffer import LONGEST, WriteBuffer
-from .copying import Copier, Preserved, runs_of, unexpected
+from .copying import Copier, Preserved, runs_of
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record
