@@ -189,7 +189,8 @@ def test_after_repair_and_online_the_ring_is_carried_out() -> None:
         async def mend(volume: Volume, rig: Rig = rig, content: bytes = content) -> None:
             bad = await _old_or_eio(volume)
             await volume.repair()
-            assert await _old_or_eio(volume) == bad
+            # What had not been overwritten yet, the replica still holds.
+            assert set(await _old_or_eio(volume)) <= set(bad)
             await volume.online()
             assert acknowledged(rig, volume) == content
             await flush(volume)

@@ -35,7 +35,7 @@ from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
 from ..diffarea.superblock import NO_RING, RingName
 from ..errors import FaultCode, FaultError, unexpected
-from .adoption import adopt, closed
+from .adoption import adopt
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record, Ring
@@ -164,7 +164,8 @@ class WriteBuffer:
         """After opening: take over what another process has acknowledged and not carried out.
 
         An Error event says so if that is lost though the machine has been up all the time.
-        give_up: what cannot be used now is given up. VsnapError if the volume must stay closed.
+        give_up: what cannot be used now is given up. VsnapError if the volume must stay closed;
+        MemoryError: it has taken over nothing.
         """
         area = self._core.area
         # An old copy of the area names a ring of its time, and may not be carried out on anyway.
@@ -192,11 +193,12 @@ class WriteBuffer:
         self.ring, self._retired = ring, ring.is_copy
         try:
             self._take_over(ring)
-        except MemoryError:
+        except BaseException:
             self._to_preserve.clear()
             self.pending.clear()
+            self.acknowledged = 0
             self.close()
-            raise closed(core, "there is no memory for it", "Free some memory.") from None
+            raise
 
     def _take_over(self, ring: Ring) -> None:
         for record in ring.records():
