@@ -22,7 +22,9 @@ from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 
 Step = tuple[Any, ...]
-POINT_EVENTS = {14, 25, 33, 35, 36}
+POINT_EVENTS = {14, 33, 35}
+#: With policy `evict` no failure of the diff area takes the volume offline here.
+GOES_ON = {"write", "create", "delete", "resize", "flush", "verify"}
 
 
 class Trial:
@@ -63,6 +65,10 @@ class Trial:
     def evicts(self) -> bool:
         return self.rig.config.on_full == "evict"
 
+    @property
+    def _only_the_area_fails(self) -> bool:
+        return all(failure.name == "area" for failure in self.host.failures)
+
     def run(self, steps: list[Step]) -> None:
         """Run the steps. Anything but an OSError or VsnapError comes out."""
         for step in steps:
@@ -73,7 +79,10 @@ class Trial:
                 continue
             if self.rig.volume is None and not self._open():
                 continue
+            online = self.volume.protection.is_online
             error = self.rig.run(self._attempt, work, *arguments)
+            if online and self.evicts and name in GOES_ON and self._only_the_area_fails:
+                assert self.volume.protection.is_online, f"evict, and offline after all: {step}"
             if error is not None:
                 self.refused.append((step, error))
             if error is not None or name not in ("write", "create", "flush"):
@@ -146,7 +155,8 @@ class Trial:
     async def _create(self) -> None:
         area = self.volume.core.area
         if area is not None:
-            self.maybe[area.superblock.epoch + 1] = bytes(self.content)
+            given_up = self.volume.protection.saved.given_up
+            self.maybe[max(area.superblock.epoch, given_up) + 1] = bytes(self.content)
         point = await self.volume.create_point()
         self.points[point.number] = self.maybe.pop(point.number)
         self._synced()

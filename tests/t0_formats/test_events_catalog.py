@@ -46,7 +46,7 @@ def test_the_catalog_has_every_event_with_its_real_level() -> None:
         ("Ntfs", "Warning"): {50, 57},
         ("Ntfs", "Error"): {137},
         ("vsnapfs", "Error"): {1040, 1043, 1044, 1045, 1050, 1060, 1090},
-        ("vsnapfs", "Warning"): {1022, 1041, 1042, 1051, 1091},
+        ("vsnapfs", "Warning"): {1022, 1041, 1042, 1047, 1051, 1091},
         ("vsnapfs", "Information"): {1000, 1001, 1002, 1010, 1011, 1020, 1021, 1023, 1030},
     }
 

@@ -304,7 +304,7 @@ def check_replica(core: Core, accept_changed: bool) -> str | None:
 def close_files(core: Core) -> None:
     """Close all backings, whatever happens."""
     backings = [core.replica, core.state_file.backing]
-    if core.area is not None:
+    if core.area is not None and not core.area_is_busy:
         backings.append(core.area.backing)
     for backing in backings:
         with suppress(OSError):

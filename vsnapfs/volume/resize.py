@@ -42,7 +42,7 @@ class Resize:
         is given up; nothing has changed then.
         """
         core = self._core
-        async with core.admin_lock, core.shape_lock, core.grow_lock:
+        async with core.admin_lock, core.shape_lock, self._room.standing_still():
             area = core.need_area()
             old = area.maximum
             check_maximum(area.layout, total)
