@@ -95,15 +95,12 @@ class Trial:
     ) -> BaseException | None:
         return await attempt(work(*arguments))
 
-    # Policy evict goes on without the diff area, which then cannot be marked as in use: the next
-    # opening finds a replica that has changed since the last clean close, and says so.
-
     async def _nothing(self, _volume: Volume) -> None:
         return None
 
     def _open(self) -> bool:
         try:
-            self.rig.run(self._nothing, accept_changed_replica=self.evicts)
+            self.rig.run(self._nothing)
         except (OSError, VsnapError) as error:
             self.rig.volume = None
             self.refused.append((("open",), error))
@@ -288,15 +285,15 @@ class Trial:
             self.rig.crashed(everything_kept if how == "power+" else nothing_kept)
         self.host = self.rig.host
         if how != "stay" and fault not in (None, 1) and not failed_state:
-            again = self.rig.run(_fault_of, accept_changed_replica=self.evicts)
+            again = self.rig.run(_fault_of)
             assert again == fault, f"P1: fault {fault} before, {again} after"
-        self.rig.run(self._back, how, accept_changed_replica=self.evicts)
+        self.rig.run(self._back, how)
         self.rig.close()
         self.rig.run(self._look)
 
     async def _open_again(self, volume: Volume) -> None:
         await volume.close()
-        volume = self.rig.volume = await self.rig.open(accept_changed_replica=self.evicts)
+        volume = self.rig.volume = await self.rig.open()
         async with _running(volume):
             await self._back(volume, "again")
 

@@ -46,6 +46,9 @@ FORMAT = 1
 DEFAULT_GROW_TIMEOUT = 30.0
 """Seconds a write waits for a growth of the diff area. A slow host must not end a night's job."""
 
+SLOW_GROWTH_SECONDS = 3.0
+"""A growth of the diff area that takes longer is told, by event 1047 and by `status`."""
+
 DEFAULT_WRITE_BUFFER = 64 << 20
 """Bytes of shared memory for acknowledged writes, while a volume is mounted."""
 
@@ -61,6 +64,7 @@ _MAX_FILE = 64 * 1024
 _MAX_PATH = 4095  # PATH_MAX without its NUL
 _MAX_QUOTE = 300
 MAX_TIMEOUT = 3600.0
+"""The longest `grow-timeout` and `hold-timeout`, in seconds."""
 
 _KEYS = {  # key in the file → field of VolumeConfig
     "volume-id": "volume_id",

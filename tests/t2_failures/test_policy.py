@@ -16,7 +16,8 @@ import pytest
 import trio
 from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_replica, small_steps, write
 from scene import SIZE, Scene
-from simdisk import FOREVER, PowerLoss, SimFile
+from schedules import Doing, Pause, all_stand_still
+from simdisk import FOREVER, Host, PowerLoss, SimFile
 
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS, SUPERBLOCK_SIZE
 from vsnapfs.diffarea.superblock import decode
@@ -24,6 +25,16 @@ from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 
 NEW = pattern(70, SIZE)
+
+
+def overtake(host: Host) -> None:
+    """Another process commits to the area."""
+    file = host.files["area"]
+    for offset in SUPERBLOCK_OFFSETS:
+        found = decode(file.cache.read(offset, SUPERBLOCK_SIZE))
+        theirs = replace(found, generation=found.generation + 7)
+        for pages in (file.cache, file.disk):
+            pages.write(offset, theirs.encode())
 
 
 class Broken:
@@ -49,14 +60,8 @@ class Broken:
     def not_synced(self) -> None:
         self.host.fail("area", "sync", errno.EIO, times=FOREVER)
 
-    def somebody_else_wrote(self) -> None:
-        """Another process has committed to it."""
-        file = self.host.files["area"]
-        for offset in SUPERBLOCK_OFFSETS:
-            found = decode(file.cache.read(offset, SUPERBLOCK_SIZE))
-            theirs = replace(found, generation=found.generation + 7)
-            for pages in (file.cache, file.disk):
-                pages.write(offset, theirs.encode())
+    def overtaken(self) -> None:
+        overtake(self.host)
 
     def mended(self) -> None:
         self.host.failures.clear()
@@ -77,7 +82,7 @@ FAILURES: dict[str, Callable[[Broken], None]] = {
     "gone": Broken.gone,
     "not written": Broken.not_written,
     "not synced": Broken.not_synced,
-    "overtaken": Broken.somebody_else_wrote,
+    "overtaken": Broken.overtaken,
 }
 
 
@@ -178,7 +183,7 @@ def test_with_evict_it_costs_all_points_and_no_write(situation: str, failure: st
             assert isinstance(error, VsnapError)
             assert error.exit_code == 1
         assert scene.replica() == (before if command else NEW)
-        scene.run(_goes_on, broken.points)
+        scene.run(_goes_on, rig.host)
         assert scene.ids().count(14) == 1
         told = [params for _, number, params in rig.log.events if number in (14, 33, 35)]
         lost = {number for params in told for number in params.get("points", [params.get("point")])}
@@ -202,8 +207,8 @@ def test_with_evict_it_costs_all_points_and_no_write(situation: str, failure: st
             scene.exact(only={max(scene.points)})
 
 
-async def _goes_on(volume: Volume, points: list[int]) -> None:
-    """Online, without points; everything but a new point works."""
+async def _goes_on(volume: Volume, host: Host) -> None:
+    """Online, without points; everything but a new point works, and no write asks the area."""
     assert volume.protection.is_online, volume.protection.fault
     assert volume.points == []
     volume.check_invariants()
@@ -216,8 +221,10 @@ async def _goes_on(volume: Volume, points: list[int]) -> None:
         for word in ("vsnapfs offline", "vsnapfs online --give-up-recovery-points"):
             assert word in error.hint
         assert volume.protection.is_online
+        before = {key: count for key, count in host.counts.items() if key[0] == "area"}
         await write(volume, 5, pattern(seed, SIZE - 5))
         await flush(volume)
+        assert before == {key: count for key, count in host.counts.items() if key[0] == "area"}
         assert bytes(await read_replica(volume))[5:] == pattern(seed, SIZE - 5)
     assert volume.status()["state"] == "online"
 
@@ -313,6 +320,36 @@ def test_an_opening_that_cannot_carry_out_the_ring_gives_up_nothing(operation: s
     assert scene.online() is None
     scene.exact()
     assert scene.replica()[6 * BLOCK : 8 * BLOCK] == content
+
+
+def test_the_write_buffer_does_not_get_stuck_because_of_what_a_command_has_met() -> None:
+    """With evict: a deletion finds that somebody else wrote to the area (15) while acknowledged
+    writes wait behind it. They are carried out, the volume stays online.
+    """
+    with small_steps():
+        scene = Scene(on_full="evict", buffer=64 * 1024)
+        scene.rig.threads = True
+
+        async def main(volume: Volume) -> None:
+            async with trio.open_nursery() as nursery:
+                with Pause(scene.rig, "replica", "read") as copying:
+                    await write(volume, 6 * BLOCK, NEW[:BLOCK])
+                    await copying.reached()
+                    await write(volume, 8 * BLOCK, NEW[:BLOCK])
+                    overtake(scene.rig.host)
+                    deleting = Doing(nursery, volume.delete_point(1))
+                    await all_stand_still()
+                    copying.go()
+                    with pytest.raises(VsnapError):
+                        await deleting.ended()
+            await flush(volume)
+            assert volume.protection.is_online, volume.protection.fault
+            assert volume.points == []
+
+        scene.run(main)
+        assert scene.ids() == [14]
+        replica = scene.replica()
+        assert replica[6 * BLOCK : 7 * BLOCK] == replica[8 * BLOCK : 9 * BLOCK] == NEW[:BLOCK]
 
 
 def test_many_writes_that_meet_one_lack_of_room_cost_one_point() -> None:

@@ -238,11 +238,12 @@ def _open_area(
             FaultCode.MEMORY_ALLOCATION_FAILURE, "no memory for the index", errno=errno.ENOMEM
         ) from error
     given_up = saved.given_up
-    if any(point.number <= given_up for point in area.superblock.points):
+    behind = given_up > area.superblock.epoch
+    if behind or any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
         kept = tuple(point for point in area.superblock.points if point.number > given_up)
         # Perhaps an area that was thought lost: numbers given out since must not come again.
-        epoch = max(area.superblock.epoch, saved.epoch)
+        epoch = max(area.superblock.epoch, saved.epoch, given_up)
         area.superblock = replace(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )

@@ -288,12 +288,20 @@ class Points:
             if number > protection.saved.given_up:
                 await protection.record_given_up(number)
             try:
-                await core.commit(points=(), restoring=0)
+                await core.commit(points=(), restoring=0, epoch=number)
             except FaultError as error:
+                failure = error
+                if area.superblock.clean:
+                    # It goes on saying so. A number beyond its epoch tells the next opening that
+                    # the replica has been written to all the same.
+                    number = area.superblock.epoch + 1
+                    if number > protection.saved.given_up:
+                        await protection.record_given_up(number)
                 # Nothing may be written there any more; without points nothing needs to be, and
                 # the first write after a clean opening does not try again.
-                failure = error
-                area.superblock = replace(area.superblock, points=(), restoring=0, clean=False)
+                area.superblock = replace(
+                    area.superblock, points=(), restoring=0, epoch=number, clean=False
+                )
             self.gone.update(numbers)
             area.index.compact([])
             core.preserved = BlockSet()

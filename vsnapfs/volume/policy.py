@@ -69,7 +69,7 @@ class Policy:
         self._protection = protection
         #: Why the diff area, which cost all points, could not even record that.
         self._failure: FaultError | None = None
-        self._evicting = trio.Lock()
+        self._giving_up = trio.Lock()
         self.remove_points: Callable[[list[int]], Awaitable[bool]]
         self.forget_all_points: Callable[[], Awaitable[FaultError | None]]
 
@@ -128,7 +128,7 @@ class Policy:
     async def _evict_oldest(self, error: FaultError, needed: int) -> FaultError | None:
         """Returns why it could not be removed."""
         core = self._core
-        async with self._evicting:
+        async with self._giving_up:
             # Many writes may have met the same lack: one point is enough if that makes room.
             if not core.points or core.need_area().slots.free >= needed:
                 return None
@@ -158,12 +158,13 @@ class Policy:
         core = self._core
         if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
             core.area_is_stale = True
-        points = [point.number for point in core.points]
-        known = self._failure
-        try:
-            self._failure = await self.forget_all_points()
-        except FaultError as failure:
-            return failure
+        async with self._giving_up:
+            points = [point.number for point in core.points]
+            known = self._failure
+            try:
+                self._failure = await self.forget_all_points()
+            except FaultError as failure:
+                return failure
         area = core.need_area()
         if points:
             core.log.log(

@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
 from ..errors import FaultCode, FaultError, VsnapError
 from ..units import format_size
@@ -26,8 +27,6 @@ from .core import Core, in_thread, leave_in_thread
 from .policy import Policy
 
 _LOW_WATER = 256
-#: A growth that takes longer is told (1047).
-_SLOW_SECONDS = 3.0
 #: The rate of preserving: so many pieces of so many seconds make the last minute.
 _PIECES, _PIECE_SECONDS = 12, 5.0
 #: A quarter of what this many seconds take is kept free.
@@ -263,12 +262,12 @@ class Room:
             self._last_seconds = growth.seconds
             growth.ended.set()
             growth.wake()
-        if growth.error is None and growth.seconds >= _SLOW_SECONDS:
+        if growth.error is None and growth.seconds >= SLOW_GROWTH_SECONDS:
             self._tell_slow(growth, old=old, new=core.need_area().allocated)
 
     async def _tell_if_slow(self, growth: Growth) -> None:
         """While it lasts: who wonders why a job stands still finds it in the log."""
-        with trio.move_on_after(_SLOW_SECONDS):
+        with trio.move_on_after(SLOW_GROWTH_SECONDS):
             await growth.ended.wait()
         if not growth.ended.is_set():
             self._tell_slow(growth)

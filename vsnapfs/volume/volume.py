@@ -343,12 +343,15 @@ class Volume:
             return
         if not await self.buffer.finish():
             return
-        if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
-            return
-        if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
+        if area is None or area.superblock.clean or core.replica_failed:
             return
         try:
+            # Also where policy `evict` has gone on without the diff area.
             await in_thread(core.sync_replica)
+            if core.area_is_stale or area.needs_rollback:
+                return
+            if area.damaged_sectors or area.superblock.restoring:
+                return
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_ID)
             await in_thread(self.buffer.remove)

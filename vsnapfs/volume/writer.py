@@ -356,14 +356,13 @@ class Writer:
             lacking: list[int] = []
             async with core.area_lock:
                 area = core.need_area()
+                needed = [b for b in blocks if core.points and b not in core.preserved]
+                without = [block for block in needed if block not in slots]
                 if core.area_is_stale and core.points:
                     # What we know of it is wrong: nothing may be written there any more.
                     text = "somebody else writes to the diff area"
-                    return FaultError(FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, text)
-                needed = [b for b in blocks if core.points and b not in core.preserved]
-                without = [block for block in needed if block not in slots]
-                found = area.slots.reserve(len(without)) if without else []
-                if found is None:
+                    batch.error = FaultError(FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, text)
+                elif (found := area.slots.reserve(len(without)) if without else []) is None:
                     lacking = without
                 else:
                     self._take_slots(without, found, slots)
