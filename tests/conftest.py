@@ -1,7 +1,7 @@
 """What all tests share: which of them can run here, how long they may take, what they leave behind.
 
-* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`: without it the test is skipped with the
-  reason; when CI=true it fails instead, so that a green CI means that it ran.
+* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`, `needs_gcc`: without it the test is skipped
+  with the reason; when CI=true it fails instead, so that a green CI means that it ran.
 * every test has a time limit (`@pytest.mark.time_limit(seconds)` for another than 300 s), because
   a file system that does not answer would otherwise hang the whole run;
 * every test fails on Python log messages of WARNING and above (`@pytest.mark.expects_log`);
@@ -30,6 +30,7 @@ from house import (
     loop_devices,
     missing_for_fio,
     missing_for_fuse,
+    missing_for_gcc,
     missing_for_loop,
     mounts,
     run,
@@ -83,6 +84,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "needs_fuse": missing_for_fuse,
     "needs_loop": missing_for_loop,
     "needs_fio": missing_for_fio,
+    "needs_gcc": missing_for_gcc,
 }
 
 
