@@ -101,6 +101,18 @@ def is_traced(pid: int) -> bool:
         return False  # a thread that ended at this moment
 
 
+@functools.cache
+def missing_for_gcc() -> str | None:
+    """Why no C can be compiled here, or None."""
+    if shutil.which("gcc") is None:
+        return "gcc is not installed"
+    text = "#include <stdlib.h>"
+    done = subprocess.run(
+        ["gcc", "-E", "-"], input=text, text=True, capture_output=True, check=False
+    )
+    return "the C library's headers are not installed" if done.returncode else None
+
+
 def mounts() -> dict[str, tuple[str, str, str]]:
     """Mount id → (mountpoint, file system type, source) from /proc/self/mountinfo."""
     found = {}

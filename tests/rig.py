@@ -24,6 +24,7 @@ from vsnapfs.errors import VsnapError
 from vsnapfs.events import CATALOG
 from vsnapfs.volume import Volume
 from vsnapfs.volume.buffer import lay_over
+from vsnapfs.volume.core import leave_in_thread
 from vsnapfs.volume.opening import _why_not_open, close_files, open_core
 from vsnapfs.volume.statefile import STATE_SIZE, SavedState, StateFile
 
@@ -87,6 +88,19 @@ def small_steps() -> Iterator[None]:
         mock.patch("vsnapfs.volume.writer.LONGEST", 2 * BLOCK),
         mock.patch("vsnapfs.volume.buffer._BATCH", 3 * BLOCK),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def slow_growth(steps: int) -> Iterator[None]:
+    """A host that is slow to allocate: others may take so many steps before it does."""
+
+    async def slowly(function: Callable[..., T], *args: Any) -> T:
+        for _ in range(steps):
+            await trio.lowlevel.checkpoint()
+        return await leave_in_thread(function, *args)
+
+    with mock.patch("vsnapfs.volume.room.leave_in_thread", slowly):
         yield
 
 

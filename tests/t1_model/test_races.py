@@ -583,8 +583,8 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         a_second_writer_comes_while_the_copy_is_on_its_way,
         Writer,
         "_take_way",
-        "await self._preserve(missing, offset, len(data))",
-        "if on_the_way: return _DIRECTLY\n    await self._preserve(missing, offset, len(data))",
+        "await self._preserve(session, missing, offset, len(data))",
+        "if on_the_way: return _DIRECTLY\n    await self._preserve(session, missing, offset, 1)",
     ),
     "create does not wait for writes in flight": (
         a_point_is_created_while_a_write_is_in_flight,
@@ -618,7 +618,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         the_maximum_is_lowered_while_the_area_grows,
         Resize,
         "run",
-        "core.shape_lock, core.grow_lock:",
+        "core.shape_lock, self._room.standing_still():",
         "core.shape_lock:",
     ),
     "a shrink does not look whether it is still wanted": (

@@ -39,10 +39,11 @@ from rig import (
     raw_replica,
     read_points,
     read_replica,
+    slow_growth,
     small_steps,
     write,
 )
-from simdisk import PowerLoss
+from simdisk import FOREVER, PowerLoss
 from volume_model import InFlight, Model
 
 from vsnapfs.errors import FaultCode, VsnapError
@@ -63,6 +64,8 @@ class VolumeMachine(RuleBasedStateMachine):
 
     policy = "offline"
     buffer = 0
+    #: The diff area fails, on purpose.
+    failing = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,9 +83,13 @@ class VolumeMachine(RuleBasedStateMachine):
         extra=st.sampled_from([0, 1, 9, 40, 200]),
         tight=st.sampled_from([None, None, 0, 12, 30]),
         device=st.booleans(),
+        stall=st.sampled_from([0, 0, 30]),
         seed=st.integers(0, 1 << 20),
     )
-    def make(self, size: int, extra: int, tight: int | None, device: bool, seed: int) -> None:
+    def make(
+        self, size: int, extra: int, tight: int | None, device: bool, stall: int, seed: int
+    ) -> None:
+        self.stack.enter_context(slow_growth(stall))
         self.rig = Rig(
             size=size,
             maximum=SMALLEST + extra * BLOCK,
@@ -90,6 +97,8 @@ class VolumeMachine(RuleBasedStateMachine):
             buffer=self.buffer,
             area_is_device=device,
             seed=seed * 1000,
+            # A stall is counted in steps of others, not in seconds.
+            grow_timeout=600.0,
         )
         self.rig.host.cached = seed % 3 == 0
         self.model = Model(size)
@@ -124,8 +133,10 @@ class VolumeMachine(RuleBasedStateMachine):
             fault = protection.fault
             assert fault is not None
             allowed = {FaultCode.DIFF_AREA_FULL}
-            if self.tight:
+            if self.tight or self.failing:
                 allowed.add(FaultCode.GROW_FAILED)
+            if self.failing:
+                allowed |= {FaultCode.COW_WRITE_FAILURE, FaultCode.IO_FAILURE}
             assert fault.code in allowed, fault
             assert self.policy == "offline"
             assert fault.used is not None
@@ -139,10 +150,14 @@ class VolumeMachine(RuleBasedStateMachine):
         if gone:
             assert self.policy == "evict"
             assert not live or max(gone) < min(live)
-            logged = [
-                params["point"] for _, number, params in self.rig.log.events if number in (33, 35)
-            ]
-            assert set(gone) <= set(logged)
+            logged = {
+                lost
+                for _, number, params in self.rig.log.events
+                if number in (14, 33, 35)
+                for lost in params.get("points", [params.get("point")])
+            }
+            assert set(gone) <= logged
+            assert not live or max(gone) < min(live)
             for number in gone:
                 del self.model.points[number]
 
@@ -171,6 +186,40 @@ class VolumeMachine(RuleBasedStateMachine):
     def write_one(self, at: int, length: int, durably: bool) -> None:
         offset, length = self.place(at, length)
         self.perform(self.do_write, offset, self.fresh(length), durably)
+
+    @precondition(lambda self: self.planned is None and not self.model.offline)
+    @rule(
+        at=fractions,
+        length=lengths,
+        operation=st.sampled_from(["write", "sync", "allocate", None]),
+        nth=st.integers(1, 6),
+        times=st.sampled_from([1, FOREVER]),
+    )
+    def write_while_the_area_fails(
+        self, at: int, length: int, operation: str | None, nth: int, times: int
+    ) -> None:
+        """The policy decides: offline, or all points are given up and nothing else is lost."""
+        offset, length = self.place(at, length)
+
+        async def write_and_wait(volume: Volume) -> None:
+            await self.do_write(volume, offset, self.fresh(length))
+            if volume.protection.is_online:
+                await attempt(flush(volume))  # So that what is buffered meets it, too.
+                # A flush that succeeds, or that fails, may have brought anything to the disk.
+
+        failure = self.rig.host.fail("area", operation, errno.EIO, nth=nth, times=times)
+        self.failing = True
+        self.perform(write_and_wait)
+        self.rig.run(self.noticed)
+        self.rig.host.failures.remove(failure)
+        self.failing = False
+
+    async def noticed(self, volume: Volume) -> None:
+        """While it still fails: what it did is the model's state."""
+        self.after(volume)
+        self.lost(volume)
+        if self.policy == "evict":
+            assert volume.protection.is_online, volume.protection.fault
 
     @rule(at=fractions, length=st.sampled_from([BLOCK, 5 * BLOCK, 1 << 20]))
     def wipe(self, at: int, length: int) -> None:
@@ -247,13 +296,18 @@ class VolumeMachine(RuleBasedStateMachine):
 
     # -- administration ---------------------------------------------------------------------------
 
+    @staticmethod
+    def given_up(volume: Volume) -> int:
+        """A number that a failure has used up is not used again."""
+        return volume.protection.saved.given_up
+
     async def do_create(self, volume: Volume) -> None:
         self.flight.created = True
         error = await attempt(volume.create_point())
         assert (error is not None) == self.model.offline
         if error is None:
             newest = volume.points[-1].number
-            assert newest == self.model.newest + 1
+            assert newest == max(self.model.newest, self.given_up(volume)) + 1
             self.model.newest = newest
             self.model.points[newest] = bytes(self.model.content)
             self.model.synced()
@@ -357,9 +411,12 @@ class VolumeMachine(RuleBasedStateMachine):
         self.rig.close()
         if not self.model.offline:
             # A file that is cut off later is no harm: the superblock says how much counts.
-            unsynced = [change for _, _, change in self.rig.host.snapshot().pending()]
-            assert [change for change in unsynced if change.data is not None] == []
-        self.model.synced()
+            pending = self.rig.host.snapshot().pending()
+            unsynced = {name for name, _, change in pending if change.data is not None}
+            # An area that has failed, and cost all points, need not be closed cleanly.
+            given_up = self.policy == "evict" and not self.model.points
+            assert unsynced <= ({"area"} if given_up else set())
+            self.model.synced()
 
     @rule()
     def killed(self) -> None:

@@ -11,7 +11,7 @@ import os
 import shlex
 from typing import Any
 
-from vsnapfs.config import shown
+from vsnapfs.config import SLOW_GROWTH_SECONDS, shown
 from vsnapfs.errors import FaultCode
 from vsnapfs.units import format_size
 
@@ -50,6 +50,7 @@ _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_FULL: _MAKE_ROOM,
     FaultCode.GROW_TOO_SLOW: (
         "The diff area may still grow: try `online` again when the disk is less busy.",
+        "If its host is always that slow: raise grow-timeout in volume.toml, mount anew.",
     ),
     FaultCode.GROW_FAILED: _FREE_HOST,
     FaultCode.DESTROY_ALL_SNAPSHOTS: (
@@ -74,6 +75,19 @@ def sizes(area: dict[str, Any]) -> str:
     used, allocated, maximum = (area.get(k) for k in ("used", "allocated", "maximum"))
     share = f" ({100 * used // maximum} % used)" if used is not None and maximum else ""
     return f"used {size(used)}, allocated {size(allocated)}, maximum {size(maximum)}{share}"
+
+
+def growth(area: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line about a growth that is under way, or about the last one if it took long."""
+    told = area.get("growth") or {}
+    seconds, last = told.get("seconds"), told.get("last_seconds")
+    if seconds is not None:
+        waiting = int(told.get("waiting") or 0)
+        writes = "1 write waits" if waiting == 1 else f"{waiting} writes wait"
+        return [("growing", f"for {seconds:.1f} s now" + (f"; {writes} for it" if waiting else ""))]
+    if last is not None and last >= SLOW_GROWTH_SECONDS:
+        return [("last growth", f"took {last:.1f} s: the disk that holds the diff area is slow")]
+    return []
 
 
 def size(value: Any) -> str:
@@ -113,6 +127,7 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     listed = [
         ("replica", f"{size(replica.get('size'))}, {shown(replica.get('path', '?'))}"),
         ("diff area", f"{sizes(area)}, {shown(area.get('path', '?'))}"),
+        *growth(area),
         ("recovery points", _points(status)),
         ("on full", str(status.get("on_full", "?"))),
         ("durability", f"{status.get('durability', '?')}{_buffer(status)}"),

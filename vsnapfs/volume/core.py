@@ -17,6 +17,7 @@ thread under one of these locks.
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +37,11 @@ from .administration import Administration
 from .statefile import StateFile
 
 T = TypeVar("T")
+# trio 0.23 gave the option another name.
+_NAMES = inspect.signature(trio.to_thread.run_sync).parameters
+_LEAVE: dict[str, Any] = {
+    "abandon_on_cancel" if "abandon_on_cancel" in _NAMES else "cancellable": True
+}
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,6 +83,23 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
                 raise
             result = work()
     return result
+
+
+async def leave_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """The same, but a cancellation leaves the thread to itself. Only where it does no harm then."""
+    started = False
+
+    def work() -> T:
+        nonlocal started
+        started = True
+        return function(*args)
+
+    try:
+        return await trio.to_thread.run_sync(work, **_LEAVE)
+    except (RuntimeError, MemoryError):
+        if started:
+            raise
+        return work()
 
 
 class WriteGate:
@@ -197,6 +220,9 @@ class Core:
     open_points: dict[int, int] = field(default_factory=dict)
     #: The diff area on disk has moved on without us (fault 15): what we know of it is stale.
     area_is_stale: bool = False
+    #: A growth is being prepared in a thread, or was when the volume had to be closed all the same:
+    #: then the file stays open, so that the thread never meets another one under its number.
+    area_is_busy: bool = False
     #: A sync of the replica failed: it must be opened anew before it can be trusted.
     replica_failed: bool = False
     replica_error: OSError | None = None
@@ -216,6 +242,11 @@ class Core:
     def points(self) -> tuple[RecoveryPoint, ...]:
         """The live recovery points, oldest first."""
         return self.area.superblock.points if self.area else ()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the volume has been opened and its background tasks run."""
+        return self.nursery is not None
 
     @property
     def block_count(self) -> int:

@@ -240,11 +240,12 @@ def _open_area(
     except MemoryError as error:
         raise no_memory() from error
     given_up = saved.given_up
-    if any(point.number <= given_up for point in area.superblock.points):
+    behind = given_up > area.superblock.epoch
+    if behind or any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
         kept = tuple(point for point in area.superblock.points if point.number > given_up)
         # Perhaps an area that was thought lost: numbers given out since must not come again.
-        epoch = max(area.superblock.epoch, saved.epoch)
+        epoch = max(area.superblock.epoch, saved.epoch, given_up)
         area.superblock = replace(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )
@@ -324,7 +325,7 @@ def check_replica(core: Core, accept_changed: bool) -> str | None:
 def close_files(core: Core) -> None:
     """Close all backings, whatever happens."""
     backings = [core.replica, core.state_file.backing]
-    if core.area is not None:
+    if core.area is not None and not core.area_is_busy:
         backings.append(core.area.backing)
     for backing in backings:
         with suppress(OSError):

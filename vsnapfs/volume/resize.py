@@ -43,7 +43,7 @@ class Resize:
         """
         core = self._core
         what = f"resizing the diff area to {format_size(total)}"
-        async with core.admin.turn(what), core.shape_lock, core.grow_lock:
+        async with core.admin.turn(what), core.shape_lock, self._room.standing_still():
             area = core.need_index()
             old = area.maximum
             check_maximum(area.layout, total)

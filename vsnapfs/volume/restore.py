@@ -20,6 +20,7 @@ from ..errors import BusyError, FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
 from .core import Core, Progress, in_thread
 from .points import Points
+from .policy import Policy
 from .protection import Protection
 from .room import Room
 from .writer import Writer
@@ -50,10 +51,17 @@ class Restore:
     """Restores an open volume in place."""
 
     def __init__(
-        self, core: Core, protection: Protection, room: Room, writer: Writer, points: Points
+        self,
+        core: Core,
+        protection: Protection,
+        policy: Policy,
+        room: Room,
+        writer: Writer,
+        points: Points,
     ) -> None:
         self._core = core
         self._protection = protection
+        self._policy = policy
         self._room = room
         self._writer = writer
         self._points = points
@@ -132,6 +140,16 @@ class Restore:
         try:
             async with core.area_lock:
                 await core.commit(restoring=number)
+        except FaultError as error:
+            await self._policy.failed(error, needed=len(new))
+            raise VsnapError(
+                f"volume {core.name}: point {number} was not restored: {error.message}",
+                hint="'vsnapfs status' shows what became of the volume. Nothing was written.",
+                errno=error.errno,
+                exit_code=1 if self._protection.is_online else 3,
+                code="fault",
+            ) from error
+        try:
             core.log.log("volsnap", 64, volume=core.name, point=number, count=len(todo))
             await self._write(number, todo, progress)
         except BaseException as error:

@@ -34,6 +34,7 @@ from .onlookers import Onlookers
 from .opening import Opened, check_replica, close_files, no_memory, open_files
 from .overlay import NoLog
 from .points import Points
+from .policy import Policy
 from .protection import Protection, log_fault
 from .reader import Reader
 from .resize import Resize
@@ -41,6 +42,9 @@ from .restore import Restore, as_fault, no_progress
 from .room import Room
 from .status import status_of
 from .writer import Writer
+
+#: How long closing waits for a growth of the diff area, at most.
+_LAST_GROWTH_SECONDS = 30.0
 
 
 class Volume:
@@ -56,12 +60,15 @@ class Volume:
         self.protection = Protection(core, opened.saved)
         self.onlookers = opened.onlookers or Onlookers(core)
         self.onlookers.protection = self.protection
-        self.room = Room(core)
+        self.policy = Policy(core, self.protection)
+        self.room = Room(core, self.policy)
         self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
-        self.points_service = Points(core, self.protection, self.room, self.buffer)
-        self.writer = Writer(core, self.protection, self.room, self.buffer)
+        self.points_service = Points(core, self.protection, self.policy, self.room, self.buffer)
+        self.writer = Writer(core, self.protection, self.policy, self.room, self.buffer)
         self.reader = Reader(core, self.buffer)
-        self._restore = Restore(core, self.protection, self.room, self.writer, self.points_service)
+        self._restore = Restore(
+            core, self.protection, self.policy, self.room, self.writer, self.points_service
+        )
         self._resize = Resize(core, self.protection, self.room, self.buffer)
         self._stop = trio.Event()
         self._stopped = trio.Event()
@@ -350,7 +357,7 @@ class Volume:
                 await self._stop.wait()
                 buffering.cancel()
                 looking.cancel()
-                # A growth under way is finished: the nursery waits for it.
+                # A growth under way has been finished or given up by now.
         finally:
             self.core.nursery = None
             self._stopped.set()
@@ -390,10 +397,13 @@ class Volume:
         self._closed = True
         core = self.core
         with trio.CancelScope(shield=True):
-            with suppress(trio.TooSlowError):
+            try:
                 async with core.gate.held(core.config.hold_timeout):
                     self.protection.session += 1
                     await self._leave()
+            except trio.TooSlowError:
+                self.protection.session += 1
+                await self._end_growth()
             self._stop.set()
             await self._stopped.wait()
             await self.onlookers.finish()
@@ -401,7 +411,7 @@ class Volume:
             await in_thread(self.writer.copier.close)
             before_unlocking()
             await in_thread(close_files, core)
-        if self.mountpoint is not None:
+        if self.mountpoint is not None and not core.area_is_busy:
             self.log.log("vsnapfs", 1002, volume=core.name)
         close_log = getattr(core.log, "close", None)
         if close_log is not None:
@@ -412,14 +422,24 @@ class Volume:
         the next open then treats it as an unclean stop.
         """
         core, area = self.core, self.core.area
+        # First of all: a growth that is committed later would take the mark of a clean end away.
+        if not await self._end_growth():
+            with trio.move_on_after(core.config.hold_timeout):
+                await self.buffer.finish()
+            with suppress(OSError):
+                await core.flush_replica()
+            return
         if not await self.buffer.finish():
             return
-        if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
-            return
-        if area.superblock.clean or area.superblock.restoring or not area.is_sound:
+        if area is None or area.superblock.clean or core.replica_failed:
             return
         try:
+            # Also where policy `evict` has gone on without the diff area.
             await core.flush_replica()
+            if core.area_is_stale or area.needs_rollback:
+                return
+            if area.superblock.restoring or not area.is_sound:
+                return
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
@@ -431,6 +451,19 @@ class Volume:
                 volume=core.name,
                 reason=f"the volume could not be closed: {error!r}",
             )
+
+    async def _end_growth(self) -> bool:
+        """False if a growth goes on all the same: what it works on is left as after a kill."""
+        limit = min(self.core.config.grow_timeout, _LAST_GROWTH_SECONDS)
+        if await self.room.close(limit):
+            return True
+        text = (
+            "it was closed while its diff area was still growing: the host has not answered yet. "
+            "The next opening looks after it as after a kill; until this process has ended, the "
+            "diff area is in use"
+        )
+        self.log.log("vsnapfs", 1091, volume=self.core.name, reason=text)
+        return False
 
     def _note_generation(self) -> None:
         self.protection.save()
@@ -545,6 +578,7 @@ class Volume:
                 exit_code=3,
                 code="still-faulted",
             ) from error
+        self.policy.reset()
         self.room.reset()
         return [warning] if warning else []
 
