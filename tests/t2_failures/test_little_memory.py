@@ -19,8 +19,6 @@ import pytest
 
 from vsnapfs import threads
 
-ROOT = Path(__file__).resolve().parents[2]
-
 #: 4 Mi copies, of which the index alone takes 48 MiB; the process may take 24 more than it has.
 BLOCK, COPIES, ROOM = 4096, 4 << 20, 24 << 20
 SPAN = 64
