@@ -70,6 +70,7 @@ missing_tools() {
 # Programs that only tests run; those that need them are skipped without (and fail in CI).
 missing_test_tools() {
   command -v qemu-io >/dev/null || echo qemu-utils
+  command -v strace >/dev/null || echo strace
 }
 
 # The programs that scripts/bench measures beside vsnapfs.
@@ -95,7 +96,7 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), 
 }
 
 missing_anything() {
-  missing_tools
+  "$tools"
   missing_build_tools
 }
 

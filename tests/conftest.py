@@ -1,7 +1,8 @@
 """What all tests share: which of them can run here, how long they may take, what they leave behind.
 
-* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`, `needs_qemu`: without it the test is skipped
-  with the reason; when CI=true it fails instead, so that a green CI means that it ran.
+* `@pytest.mark.needs_fuse`, `needs_loop`, `needs_fio`, `needs_qemu`, `needs_strace`,
+  `needs_gcc`: without it the test is skipped with the reason; when CI=true it fails instead, so
+  that a green CI means that it ran.
 * choices are the same in every run, unless a random search is asked for (see tests/chance.py);
 * no process may take more than 4 GiB, so that one that runs away fails instead of the machine;
 * the run has a mount namespace of its own, as root or where users can have one: what is mounted in
@@ -37,8 +38,10 @@ from house import (
     loop_devices,
     missing_for_fio,
     missing_for_fuse,
+    missing_for_gcc,
     missing_for_loop,
     missing_for_qemu,
+    missing_for_strace,
     mounts,
     run,
 )
@@ -84,6 +87,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "needs_loop": missing_for_loop,
     "needs_fio": missing_for_fio,
     "needs_qemu": missing_for_qemu,
+    "needs_strace": missing_for_strace,
+    "needs_gcc": missing_for_gcc,
 }
 
 

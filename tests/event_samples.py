@@ -36,6 +36,7 @@ FULL: dict[str, Any] = {
     "dropped": 3,
     "count": 3,
     "kept": 2,
+    "seconds": 12.5,
     "repeats": 5,
     "what": "a write",
     "text": "something to know",

@@ -19,6 +19,7 @@ REAL = "tests/t4_mount/test_faults_real.py::"
 OPEN = "tests/t4_mount/test_faults_at_open.py::"
 HOST = "tests/t4_mount/test_faults_dead_host.py::"
 HERE = "tests/t2_failures/test_fault_matrix.py::"
+STALLS = "tests/t2_failures/test_stalls.py::"
 MEMORY = "tests/t4_mount/test_memory.py::"
 
 ENODEV = "`ENODEV`"
@@ -62,7 +63,8 @@ FAULTS = (
         HERE + "test_both_copies_of_a_descriptor_sector_are_bad"),
     Row(4, "no memory while a copy is made", ENODEV, 83, ALL, "`online`",
         HERE + "test_an_exception_in_the_copy_path[no memory]", injected=True),
-    Row(4, "no memory for the index when the volume is opened", AT_OPEN, 83, NOT_ON_DISK,
+    Row(4, "no memory for the index when the volume is opened", AT_OPEN, 83,
+        "the list of points, deleting one; reading them is `ENOMEM`",
         "mount with more memory, `online`", HERE + "test_no_memory_for_the_index",
         injected=True),
     Row(5, "`RLIMIT_AS`: the copy buffer cannot be mapped", ENODEV, 84, ALL,
@@ -141,9 +143,17 @@ OTHERS = (
         "test_ten_kills_under_fio_and_a_stamping_writer", state="as before"),
     Row(0, "policy `evict`, the area is full", "nothing", 33, "the points that are left",
         "`resize`", REAL + "test_policy_evict_gives_up_the_oldest_points", state="online"),
-    Row(0, "policy `evict`, the area is taken away", "nothing", 14, "the replica; no points",
-        "nothing to do", REAL + "test_policy_evict_goes_on_without_its_diff_area",
+    Row(0, "policy `evict`, the area cannot grow", "nothing", 35, "the points that are left",
+        "free space there", STALLS + "test_a_growth_that_fails_after_all_costs_the_oldest_point",
         state="online"),
+    Row(0, "the host takes long to reserve space (`evict`: however long; `offline`: up to "
+        "grow-timeout)", "waits", 1047, "everything", "look at the load of that disk",
+        "tests/t4_mount/test_stalls_real.py::"
+        "test_many_writes_wait_and_everything_else_is_answered", state="online"),
+    Row(0, "policy `evict`, the area is taken away or fails", "nothing", 14,
+        "the replica; no points, new ones are refused",
+        "mend it; if it is lost: `offline`, give up the points",
+        REAL + "test_policy_evict_goes_on_without_its_diff_area", state="online"),
     Row(0, "the administrator's `offline`", ENODEV, 1020, "as after a fault", "`online`",
         HERE + "test_taken_offline_by_hand", state="offline, no fault"),
     Row(0, "somebody else opens the replica's file for writing (dd, mkfs, losetup)", "nothing",

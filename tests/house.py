@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,42 @@ def missing_for_qemu() -> str | None:
     """Why no image can be opened with QEMU's tools here, or None."""
     absent = [tool for tool in ("qemu-io", "qemu-img") if shutil.which(tool) is None]
     return f"{' and '.join(absent)} not installed (qemu-utils)" if absent else None
+
+
+@functools.cache
+def missing_for_strace() -> str | None:
+    """Why a running process cannot be traced here, or None. Tries it: containers may forbid it."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        command = ["strace", "-o", os.devnull, "-p", str(other.pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            while not (traced := is_traced(other.pid)) and tracer.poll() is None:
+                time.sleep(0.01)
+            other.kill()  # It ends the tracer, too.
+            said = tracer.communicate()[1]
+    return None if traced else f"strace: {said.strip()}"
+
+
+def is_traced(pid: int) -> bool:
+    """Whether every thread of a process is being traced."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return all("\nTracerPid:\t0\n" not in (task / "status").read_text() for task in tasks)
+    except OSError:
+        return False  # a thread that ended at this moment
+
+
+@functools.cache
+def missing_for_gcc() -> str | None:
+    """Why no C can be compiled here, or None."""
+    if shutil.which("gcc") is None:
+        return "gcc is not installed"
+    text = "#include <stdlib.h>"
+    done = subprocess.run(
+        ["gcc", "-E", "-"], input=text, text=True, capture_output=True, check=False
+    )
+    return "the C library's headers are not installed" if done.returncode else None
 
 
 def mounts() -> dict[str, tuple[str, str, str]]:

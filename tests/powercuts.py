@@ -18,7 +18,7 @@ from typing import Any
 
 from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_points, write
 from simdisk import Change, Host, Snapshot
-from unsynced import SECTOR, Sectors, overwritten, sectors_of
+from unsynced import SECTOR, Sectors, made_durable, overwritten, sectors_of
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
@@ -133,7 +133,7 @@ class Story:
         self.expected = replace(self.expected, **changes)
         self._record(None)
 
-    async def write(self, offset: int, length: int) -> None:
+    async def write(self, offset: int, length: int, *, durably: bool = False) -> None:
         self.counter += 1
         data = pattern(self.counter, length)
         evicts = self.rig.config.on_full == "evict"
@@ -146,9 +146,11 @@ class Story:
             if self.expected.offline is False and not evicts
             else self.expected.offline,
         )
-        error = await attempt(write(self.volume, offset, data))
+        error = await attempt(write(self.volume, offset, data, durably=durably))
         if error is None:
             self.content[offset : offset + length] = data
+            if durably:
+                self._now(sectors=made_durable(self.expected.sectors, offset, data))
         live = {point.number for point in self.volume.points}
         known_points = {**self.expected.may, **self.expected.must}
         self._now(

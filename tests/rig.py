@@ -24,6 +24,7 @@ from vsnapfs.errors import VsnapError
 from vsnapfs.events import CATALOG
 from vsnapfs.volume import Volume
 from vsnapfs.volume.buffer import lay_over
+from vsnapfs.volume.core import leave_in_thread
 from vsnapfs.volume.opening import _why_not_open, close_files, open_core
 from vsnapfs.volume.statefile import STATE_SIZE, SavedState, StateFile
 
@@ -87,6 +88,19 @@ def small_steps() -> Iterator[None]:
         mock.patch("vsnapfs.volume.writer.LONGEST", 2 * BLOCK),
         mock.patch("vsnapfs.volume.buffer._BATCH", 3 * BLOCK),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def slow_growth(steps: int) -> Iterator[None]:
+    """A host that is slow to allocate: others may take so many steps before it does."""
+
+    async def slowly(function: Callable[..., T], *args: Any) -> T:
+        for _ in range(steps):
+            await trio.lowlevel.checkpoint()
+        return await leave_in_thread(function, *args)
+
+    with mock.patch("vsnapfs.volume.room.leave_in_thread", slowly):
         yield
 
 
@@ -266,9 +280,9 @@ async def read_replica(volume: Volume) -> bytes:
         handle.close()
 
 
-async def write(volume: Volume, offset: int, data: bytes) -> None:
-    """One write through a handle of its own."""
-    handle = volume.open_replica()
+async def write(volume: Volume, offset: int, data: bytes, *, durably: bool = False) -> None:
+    """One write through a handle of its own. durably: it was opened with O_DSYNC."""
+    handle = volume.open_replica(synchronous=durably)
     try:
         await handle.write(offset, data)
     finally:

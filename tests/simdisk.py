@@ -535,6 +535,8 @@ class SimBacking:
             if offset + length > file.cache.size:
                 raise OSError(errno.ENOSPC, f"{self.name} has only {file.cache.size} bytes")
             return
+        if length <= 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._take_space(offset, length)
         if offset + length > file.cache.size:
             file.cache.resize(offset + length)

@@ -10,7 +10,8 @@ content when it is asked.
 How it finds out loses nothing: it accepts exactly the contents of the subsets. From the newest
 write to the oldest, a write whose bytes are all found where no newer kept one lies can be taken as
 kept: that lays down bytes which are right, and asks less of what is older. A write with a wrong
-byte there cannot be kept. What no kept write covers must be what was synced.
+byte there cannot be kept; if it is one that must be (it was synced by itself, O_DSYNC), the content
+is none of these. What no kept write covers must be what was synced.
 
 What it cannot tell apart no list of the subsets could: which of two equal contents it is, and
 whether writes that nobody let overlap in time reached the disk in another order than was issued.
@@ -26,11 +27,20 @@ SECTOR = 512
 class Sector:
     """The contents that one sector may have; `content in sector` asks. Never changes."""
 
-    __slots__ = ("before", "newest", "part", "start")
+    __slots__ = ("before", "is_kept", "newest", "part", "start")
 
-    def __init__(self, before: Sector | None, start: int, part: bytes, newest: bytes) -> None:
-        """newest: the content if nothing is lost. Use `exactly` and `overwritten`."""
+    def __init__(
+        self,
+        before: Sector | None,
+        start: int,
+        part: bytes,
+        newest: bytes,
+        *,
+        is_kept: bool = False,
+    ) -> None:
+        """newest: the content if nothing is lost. Use `exactly`, `overwritten` and `kept`."""
         self.before = before
+        self.is_kept = is_kept
         self.start = start
         self.part = part
         self.newest = newest
@@ -45,6 +55,22 @@ class Sector:
         end = start + len(part)
         assert end <= len(self.newest)
         return Sector(self, start, part, self.newest[:start] + part + self.newest[end:])
+
+    def kept(self, start: int, part: bytes) -> Sector:
+        """The same once that write cannot be lost any more. Of the others nothing is known.
+
+        Of several equal ones that may still be lost it is taken for the oldest: should it have been
+        another, this accepts more than there can be, and never less.
+        """
+        entries = list(self.entries())
+        equal = [n for n, e in enumerate(entries) if (e.start, e.part) == (start, part)]
+        place = max((n for n in equal if not entries[n].is_kept), default=equal[0])
+        found = entries[-1]
+        for number in range(len(entries) - 2, -1, -1):
+            one = entries[number]
+            is_kept = one.is_kept or number == place
+            found = Sector(found, one.start, one.part, one.newest, is_kept=is_kept)
+        return found
 
     def entries(self) -> Iterator[Sector]:
         """Its writes, the newest first, and at last what was synced."""
@@ -67,6 +93,8 @@ class Sector:
                 open_bits &= ~bits
                 if not open_bits:
                     return True
+            elif entry.is_kept:
+                return False
         return False
 
 
@@ -93,4 +121,12 @@ def overwritten(sectors: Sectors, offset: int, data: bytes) -> Sectors:
     found = list(sectors)
     for number, start, part in tear(offset, data):
         found[number] = found[number].overwritten(start, part)
+    return tuple(found)
+
+
+def made_durable(sectors: Sectors, offset: int, data: bytes) -> Sectors:
+    """After that write, which came before, has been made durable by itself."""
+    found = list(sectors)
+    for number, start, part in tear(offset, data):
+        found[number] = found[number].kept(start, part)
     return tuple(found)

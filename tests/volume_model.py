@@ -31,8 +31,13 @@ class Model:
                 known = known.overwritten(0, now)
             self.unsynced[number] = known.overwritten(start, part)
 
-    def written(self, offset: int, data: bytes) -> None:
+    def written(self, offset: int, data: bytes, *, durably: bool = False) -> None:
+        """It was answered. durably: through a handle with O_DSYNC, so it cannot be lost."""
         self.content[offset : offset + len(data)] = data
+        for number, start, part in tear(offset, data) if durably else ():
+            # Gone from here if somebody has flushed meanwhile.
+            if number in self.unsynced:
+                self.unsynced[number] = self.unsynced[number].kept(start, part)
 
     def synced(self) -> None:
         self.unsynced = {}

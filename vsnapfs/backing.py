@@ -188,16 +188,17 @@ def file_system_type(path: Path) -> str:
     """
     try:
         device = os.stat(path).st_dev
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        # Bytes: somebody's mountpoint may have a name that is no text in any encoding.
+        lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
     except OSError:
         return ""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    best = ""
+    wanted = f"{os.major(device)}:{os.minor(device)}".encode()
+    best = b""
     for line in lines:
-        fields = line.split()
-        if fields[2] == wanted:
-            best = fields[fields.index("-") + 1]
-    return best
+        fields = line.split(b" ")
+        if len(fields) > 2 and fields[2] == wanted:
+            best = fields[fields.index(b"-") + 1]
+    return os.fsdecode(best)
 
 
 def set_nocow(fd: int) -> bool:

@@ -44,6 +44,12 @@ DEFAULT_DIFF_AREA = "diff-area"
 FORMAT = 1
 """The version of volume.toml that this code reads and writes."""
 
+DEFAULT_GROW_TIMEOUT = 30.0
+"""Seconds a write waits for a growth of the diff area. A slow host must not end a night's job."""
+
+SLOW_GROWTH_SECONDS = 3.0
+"""A growth of the diff area that takes longer is told, by event 1047 and by `status`."""
+
 DEFAULT_WRITE_BUFFER = 64 << 20
 """Bytes of shared memory for acknowledged writes, while a volume is mounted."""
 
@@ -61,7 +67,8 @@ WAYS_WITH_ZEROS: tuple[ZeroBlocks, ...] = get_args(ZeroBlocks)
 _MAX_FILE = 64 * 1024
 _MAX_PATH = 4095  # PATH_MAX without its NUL
 _MAX_QUOTE = 300
-_MAX_TIMEOUT = 3600.0
+MAX_TIMEOUT = 3600.0
+"""The longest `grow-timeout` and `hold-timeout`, in seconds."""
 _MOST_WRITE_BUFFER = 1 << 40
 
 _KEYS = {  # key in the file → field of VolumeConfig
@@ -84,7 +91,8 @@ class VolumeConfig:
     volume_id: 32 lower-case hexadecimal digits, also stored in the diff area.
     replica, diff_area: absolute, or relative to the volume directory. Not empty, no NUL, UTF-8.
     on_full: what happens when a block cannot be preserved.
-    grow_timeout: seconds a write waits for a growth of the diff area under way (fault 9 after).
+    grow_timeout: seconds a write waits for a growth of the diff area under way. After that it is
+    fault 9 (policy `offline`), or it goes on waiting (`evict`).
     hold_timeout: seconds that creating a recovery point may hold writes (event 8 after).
     durability: what recovery points survive: "power" failures, or only the end of the "process".
     zero_blocks: a block of nothing but zeros is preserved as a "flag" for up to 64 neighbours, or
@@ -95,7 +103,7 @@ class VolumeConfig:
     replica: str = DEFAULT_REPLICA
     diff_area: str = DEFAULT_DIFF_AREA
     on_full: OnFull = "offline"
-    grow_timeout: float = 2.0
+    grow_timeout: float = DEFAULT_GROW_TIMEOUT
     hold_timeout: float = 10.0
     durability: Durability = "power"
     zero_blocks: ZeroBlocks = "flag"
@@ -386,9 +394,9 @@ def _checked_seconds(key: str, value: object, *, zero: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"{key} is not a number of seconds", code="config")
     # Compare before converting: float() of a huge integer overflows.
-    if not (0 <= value <= _MAX_TIMEOUT) or math.isnan(value) or (value == 0 and not zero):
+    if not (0 <= value <= MAX_TIMEOUT) or math.isnan(value) or (value == 0 and not zero):
         least = "0" if zero else "more than 0"
-        raise UsageError(f"{key} must be {least} to {_MAX_TIMEOUT:.0f} seconds", code="config")
+        raise UsageError(f"{key} must be {least} to {MAX_TIMEOUT:.0f} seconds", code="config")
     return float(value)
 
 
@@ -435,7 +443,8 @@ diff-area = {_quoted(config.diff_area)}
 # "evict" deletes the oldest recovery points and lets the write through.
 on-full = {_quoted(config.on_full)}
 
-# Seconds that a write waits for a growth of the diff area that is under way.
+# Seconds that a write waits for a growth of the diff area that is under way, before the volume
+# goes offline. With on-full = "evict" it waits until the growth has succeeded or failed.
 grow-timeout = {config.grow_timeout!r}
 
 # Seconds that writes may be held while a recovery point is created.

@@ -192,3 +192,12 @@ class FaultError(Exception):
         self.message = message
         self.errno = errno
         self.block = block
+
+
+def unexpected(error: Exception, block: int | None) -> FaultError:
+    """The fault that stands for an error nobody planned for."""
+    if isinstance(error, MemoryError):
+        text = "there is not enough memory"
+        code = FaultCode.MEMORY_ALLOCATION_FAILURE
+        return FaultError(code, text, errno=_errno.ENOMEM, block=block)
+    return FaultError(FaultCode.DESTROY_ALL_SNAPSHOTS, f"unexpected: {error!r}", block=block)

@@ -392,9 +392,11 @@ def overwritten_before_it_is_refused(patch: Patch) -> None:
     """A write that spans blocks moves its first bytes before there is room for all copies."""
     preserve = Writer._preserve
 
-    async def broken(self: Writer, blocks: list[int], offset: int, length: int) -> None:
+    async def broken(
+        self: Writer, session: int, blocks: list[int], offset: int, length: int
+    ) -> None:
         for block in blocks:
-            await preserve(self, [block], offset, length)
+            await preserve(self, session, [block], offset, length)
             start = max(offset, block * self._core.block_size)
             self._core.replica.write(start, b"!")
 

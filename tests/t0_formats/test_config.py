@@ -127,6 +127,7 @@ def test_defaults_fill_only_the_timeouts(tmp_path: Path) -> None:
     """A file without timeouts loads with the defaults; integers are accepted as seconds."""
     write(tmp_path, GOOD)
     assert load(tmp_path) == VolumeConfig(ID)
+    assert load(tmp_path).grow_timeout == 30.0
     write(tmp_path, GOOD + "grow-timeout = 5\n")
     loaded = load(tmp_path)
     assert loaded.grow_timeout == 5.0

@@ -7,6 +7,7 @@ these would find nothing.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
 from vsnapfs.diffarea.recovery import _Scan
 from vsnapfs.volume.copying import Preserved
+from vsnapfs.volume.handles import ReplicaHandle, SynchronousHandle
 from vsnapfs.volume.points import Points
 from vsnapfs.volume.writer import Batch, Writer
 
@@ -114,6 +116,20 @@ async def filling(story: Story) -> None:
     await story.online()
 
 
+async def durably(story: Story) -> None:
+    """Writes through handles with O_DSYNC, beside others and in one block with them."""
+    await story.write(0, 700, durably=True)
+    await story.write_block(0, 4)
+    await story.create()
+    await story.write(100, BLOCK, durably=True)
+    async with trio.open_nursery() as nursery:
+        for block in range(3):
+            nursery.start_soon(partial(story.write, block * BLOCK, 900, durably=True))
+            nursery.start_soon(story.write, block * BLOCK + 1000, 600)
+    await story.write(0, 512, durably=True)
+    await story.write(2 * BLOCK + 5, 100)
+
+
 WORKLOADS: dict[Workload, dict[str, Any]] = {
     overwriting: {},
     at_once: {},
@@ -121,7 +137,12 @@ WORKLOADS: dict[Workload, dict[str, Any]] = {
     restoring: {},
     resizing: {"maximum": SMALLEST + 64 * BLOCK},
     filling: {"maximum": SMALLEST},
+    durably: {"buffer": 64 << 10},
 }
+
+
+#: Those that are short enough for every run.
+FIRST = (overwriting, durably)
 
 
 def tell(workload: Workload, **options: Any) -> Story:
@@ -132,7 +153,7 @@ def tell(workload: Workload, **options: Any) -> Story:
 @pytest.mark.parametrize(
     "workload",
     [
-        pytest.param(workload, marks=() if workload is overwriting else pytest.mark.slow)
+        pytest.param(workload, marks=() if workload in FIRST else pytest.mark.slow)
         for workload in WORKLOADS
     ],
     ids=[workload.__name__ for workload in WORKLOADS],
@@ -265,6 +286,11 @@ def _second_writer_does_not_wait(engine: pytest.MonkeyPatch) -> None:
     engine.setattr(Writer, "_record", _record_on_trust)
 
 
+def _o_dsync_is_ignored(engine: pytest.MonkeyPatch) -> None:
+    """A write through a handle with O_DSYNC is answered as soon as any other."""
+    engine.setattr(SynchronousHandle, "write", ReplicaHandle.write)
+
+
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], Workload] = {
     _no_sync_in_barrier: overwriting,
     _overwrite_before_the_barrier: overwriting,
@@ -273,6 +299,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], Workload] = {
     _slots_freed_before_the_commit_is_durable: deleting,
     _point_without_sync_of_the_replica: overwriting,
     _second_writer_does_not_wait: at_once,
+    _o_dsync_is_ignored: durably,
 }
 
 
@@ -280,7 +307,9 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], Workload] = {
 def test_the_search_finds_an_engine_that_is_wrong(
     mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each ordering that W2 rests on, undone, shows as a recovery point that changed."""
+    """Each ordering that W2 and W4 rest on, undone, shows as a recovery point that changed, or as
+    a write that is gone.
+    """
     mutant(monkeypatch)
     with small_steps(), pytest.raises(Violation) as caught:
         tell(MUTANTS[mutant]).explore()

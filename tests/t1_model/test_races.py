@@ -31,8 +31,8 @@ from simdisk import SimBacking
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.coldreads import PLACES
-from vsnapfs.volume.core import Core, WriteGate
-from vsnapfs.volume.handles import PointHandle, ReplicaHandle
+from vsnapfs.volume.core import SharedSync, WriteGate
+from vsnapfs.volume.handles import PointHandle, ReplicaHandle, SynchronousHandle
 from vsnapfs.volume.points import Points
 from vsnapfs.volume.protection import Protection
 from vsnapfs.volume.reader import Reader
@@ -55,7 +55,7 @@ def run(schedule: Schedule) -> None:
 
     with small_steps():
         # Growing takes as long as a schedule likes.
-        rig = Rig(size=SIZE, grow_timeout=60.0)
+        rig = Rig(size=SIZE, grow_timeout=60.0, buffer=BUFFERS.get(schedule, 0))
         rig.threads = True
         rig.run(main)
 
@@ -452,6 +452,71 @@ async def two_flushes_and_one_of_them_fails(rig: Rig, volume: Volume) -> None:
     second.close()
 
 
+async def a_synchronous_write_comes_while_a_sync_is_under_way(rig: Rig, volume: Volume) -> None:
+    """W4: the sync under way began before the write, so it is not the write's; the next one is."""
+    first, second = (volume.open_replica(synchronous=True) for _ in range(2))
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "replica", "sync") as one, Pause(rig, "replica", "sync", nth=2) as two:
+            early = Doing(nursery, first.write(0, NEW[:BLOCK]))
+            await one.reached()
+            late = Doing(nursery, second.write(BLOCK, NEW[:BLOCK]))
+            await all_stand_still()
+            assert not early.answered
+            one.go()
+            await early.ended()
+            await all_stand_still()
+            assert not late.answered, "the sync that was under way is no answer"
+            await two.reached()
+            two.go()
+            await late.ended()
+            assert _after_power_failure(rig)[: 2 * BLOCK] == 2 * NEW[:BLOCK]
+    first.close()
+    second.close()
+
+
+async def synchronous_writes_in_the_buffer_share_a_sync(rig: Rig, volume: Volume) -> None:
+    """W4: of writes that lie in the write buffer, each is answered when it is on the disk; many
+    that come while one sync is under way have the next in common.
+    """
+    handle = volume.open_replica(synchronous=True)
+    await volume.create_point()
+    await handle.write(11 * BLOCK, NEW[:100])  # Now there is a ring.
+    syncs = 0
+
+    def count(backing: SimBacking, operation: str, _offset: int, _length: int) -> None:
+        nonlocal syncs
+        syncs += (backing.name, operation) == ("replica", "sync")
+
+    rig.host.hooks.append(count)
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "area", "sync") as copying, Pause(rig, "replica", "sync") as syncing:
+            first = Doing(nursery, handle.write(0, NEW[:100]))
+            await copying.reached()
+            await all_stand_still()
+            assert not syncing.was_reached, "it lies in the buffer still"
+            assert not first.answered
+            copying.go()
+            await all_stand_still()
+            assert syncing.was_reached
+            others = [
+                Doing(nursery, handle.write(block * BLOCK, NEW[:100])) for block in range(1, 11)
+            ]
+            await all_stand_still()
+            assert not any(doing.answered for doing in (first, *others))
+            syncing.go()
+            for number, doing in enumerate((first, *others)):
+                await doing.ended()
+                assert _after_power_failure(rig)[number * BLOCK :][:100] == NEW[:100]
+    rig.host.hooks.remove(count)
+    assert syncs == 2
+    handle.close()
+
+
+def _after_power_failure(rig: Rig) -> bytes:
+    """The replica as a power failure now would leave it at worst."""
+    return raw_replica(rig.on(rig.host.snapshot().power_failure(nothing_kept)))
+
+
 # --- the schedules, and the engines that they must refuse ----------------------------------------
 
 SCHEDULES: tuple[Schedule, ...] = (
@@ -471,7 +536,11 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_copy_is_on_its_way,
     somebody_is_refused_before_the_fault_is_durable,
     two_flushes_and_one_of_them_fails,
+    a_synchronous_write_comes_while_a_sync_is_under_way,
+    synchronous_writes_in_the_buffer_share_a_sync,
 )
+#: Schedules about the write buffer → its size.
+BUFFERS: dict[Schedule, int] = {synchronous_writes_in_the_buffer_share_a_sync: 64 << 10}
 
 #: What is removed, where, and which schedule must notice: (schedule, owner, function, old, new).
 MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
@@ -514,8 +583,8 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         a_second_writer_comes_while_the_copy_is_on_its_way,
         Writer,
         "_take_way",
-        "await self._preserve(missing, offset, len(data))",
-        "if on_the_way: return _DIRECTLY\n    await self._preserve(missing, offset, len(data))",
+        "await self._preserve(session, missing, offset, len(data))",
+        "if on_the_way: return _DIRECTLY\n    await self._preserve(session, missing, offset, 1)",
     ),
     "create does not wait for writes in flight": (
         a_point_is_created_while_a_write_is_in_flight,
@@ -541,7 +610,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
     "delete frees slots that are promised": (
         a_point_is_deleted_while_writers_have_reserved_slots,
         Points,
-        "remove",
+        "_tidy",
         "also=(*self._room.promised, *area.unknown_slots)",
         "also=area.unknown_slots",
     ),
@@ -549,7 +618,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         the_maximum_is_lowered_while_the_area_grows,
         Resize,
         "run",
-        "core.shape_lock, core.grow_lock:",
+        "core.shape_lock, self._room.standing_still():",
         "core.shape_lock:",
     ),
     "a shrink does not look whether it is still wanted": (
@@ -562,9 +631,9 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
     "flush does not look again": (
         a_fault_comes_while_a_flush_is_under_way,
         ReplicaHandle,
-        "flush",
-        "raise\n    if self._session != protection.session or not protection.is_online:",
-        "raise\n    if False:",
+        "_make_durable",
+        "raise\n    await self._refuse_flush_if_dead()",
+        "raise",
     ),
     "a write does not look again after its copy": (
         a_fault_comes_while_a_copy_is_on_its_way,
@@ -582,10 +651,35 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
     ),
     "two syncs of the replica at a time": (
         two_flushes_and_one_of_them_fails,
-        Core,
-        "sync_replica",
-        'with self.admin.waits_for("a sync of the replica"), self._replica_syncing:',
+        SharedSync,
+        "__call__",
+        "async with self._one_at_a_time:",
         "if True:",
+    ),
+    "W4, O_DSYNC: a sync that has begun counts": (
+        a_synchronous_write_comes_while_a_sync_is_under_way,
+        SharedSync,
+        "__call__",
+        """\
+                self._next = None  # From here on it covers nobody else.
+                await in_thread(self._sync)""",
+        """\
+                await in_thread(self._sync)
+                self._next = None""",
+    ),
+    "W4, O_DSYNC: answered without a sync": (
+        synchronous_writes_in_the_buffer_share_a_sync,
+        SynchronousHandle,
+        "write",
+        "await self._make_durable(wanted)",
+        "pass",
+    ),
+    "W4, O_DSYNC: synced before it is in the replica": (
+        synchronous_writes_in_the_buffer_share_a_sync,
+        SynchronousHandle,
+        "write",
+        "self._make_durable(wanted)",
+        "self._make_durable(0)",
     ),
 }
 

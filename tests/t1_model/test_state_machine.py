@@ -1,8 +1,9 @@
 """The engine against a plain model: any sequence of operations, crashes and power failures.
 
 The model is a bytearray for the replica, a dictionary for the recovery points, and for each
-512-byte sector the set of contents that a power failure may leave. After every step all points
-and the whole replica are compared and the engine checks itself.
+512-byte sector what a power failure may leave there (see tests/unsynced.py). After every step all
+points and the whole replica are compared and the engine checks itself. What a search finds is kept
+in test_kept_finds.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import trio
+from damage import by_number
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -38,10 +40,11 @@ from rig import (
     raw_replica,
     read_points,
     read_replica,
+    slow_growth,
     small_steps,
     write,
 )
-from simdisk import PowerLoss
+from simdisk import FOREVER, PowerLoss
 from volume_model import InFlight, Model
 
 from vsnapfs.errors import FaultCode, VsnapError
@@ -62,6 +65,8 @@ class VolumeMachine(RuleBasedStateMachine):
 
     policy = "offline"
     buffer = 0
+    #: The diff area fails, on purpose.
+    failing = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,9 +84,13 @@ class VolumeMachine(RuleBasedStateMachine):
         extra=st.sampled_from([0, 1, 9, 40, 200]),
         tight=st.sampled_from([None, None, 0, 12, 30]),
         device=st.booleans(),
+        stall=st.sampled_from([0, 0, 30]),
         seed=st.integers(0, 1 << 20),
     )
-    def make(self, size: int, extra: int, tight: int | None, device: bool, seed: int) -> None:
+    def make(
+        self, size: int, extra: int, tight: int | None, device: bool, stall: int, seed: int
+    ) -> None:
+        self.stack.enter_context(slow_growth(stall))
         self.rig = Rig(
             size=size,
             maximum=SMALLEST + extra * BLOCK,
@@ -89,6 +98,8 @@ class VolumeMachine(RuleBasedStateMachine):
             buffer=self.buffer,
             area_is_device=device,
             seed=seed * 1000,
+            # A stall is counted in steps of others, not in seconds.
+            grow_timeout=600.0,
         )
         self.rig.host.cached = seed % 3 == 0
         self.model = Model(size)
@@ -123,8 +134,10 @@ class VolumeMachine(RuleBasedStateMachine):
             fault = protection.fault
             assert fault is not None
             allowed = {FaultCode.DIFF_AREA_FULL}
-            if self.tight:
+            if self.tight or self.failing:
                 allowed.add(FaultCode.GROW_FAILED)
+            if self.failing:
+                allowed |= {FaultCode.COW_WRITE_FAILURE, FaultCode.IO_FAILURE}
             assert fault.code in allowed, fault
             assert self.policy == "offline"
             assert fault.used is not None
@@ -138,34 +151,76 @@ class VolumeMachine(RuleBasedStateMachine):
         if gone:
             assert self.policy == "evict"
             assert not live or max(gone) < min(live)
-            logged = [
-                params["point"] for _, number, params in self.rig.log.events if number in (33, 35)
-            ]
-            assert set(gone) <= set(logged)
+            logged = {
+                lost
+                for _, number, params in self.rig.log.events
+                if number in (14, 33, 35)
+                for lost in params.get("points", [params.get("point")])
+            }
+            assert set(gone) <= logged
+            assert not live or max(gone) < min(live)
             for number in gone:
                 del self.model.points[number]
 
     # -- data -------------------------------------------------------------------------------------
 
-    async def do_write(self, volume: Volume, offset: int, data: bytes) -> None:
-        """One write, and what it may legally answer."""
+    async def do_write(
+        self, volume: Volume, offset: int, data: bytes, durably: bool = False
+    ) -> None:
+        """One write, and what it may legally answer. durably: with O_DSYNC."""
         self.flight.writes.append((offset, data))
         self.model.about_to_write(offset, data)
-        error = await attempt(write(volume, offset, data))
+        error = await attempt(write(volume, offset, data, durably=durably))
         if error is None:
             assert not self.model.offline
-            self.model.written(offset, data)
+            self.model.written(offset, data, durably=durably)
         elif error.errno == errno.ENOSPC:
             assert self.tight
         else:
             assert error.errno == errno.ENODEV
             assert not volume.protection.is_online
+            if durably and acknowledged(self.rig, volume)[offset : offset + len(data)] == data:
+                self.model.written(offset, data)  # It was there, and then its flush was refused.
         self.flight.writes.remove((offset, data))
 
-    @rule(at=fractions, length=lengths)
-    def write_one(self, at: int, length: int) -> None:
+    @rule(at=fractions, length=lengths, durably=st.booleans())
+    def write_one(self, at: int, length: int, durably: bool) -> None:
         offset, length = self.place(at, length)
-        self.perform(self.do_write, offset, self.fresh(length))
+        self.perform(self.do_write, offset, self.fresh(length), durably)
+
+    @precondition(lambda self: self.planned is None and not self.model.offline)
+    @rule(
+        at=fractions,
+        length=lengths,
+        operation=st.sampled_from(["write", "sync", "allocate", None]),
+        nth=st.integers(1, 6),
+        times=st.sampled_from([1, FOREVER]),
+    )
+    def write_while_the_area_fails(
+        self, at: int, length: int, operation: str | None, nth: int, times: int
+    ) -> None:
+        """The policy decides: offline, or all points are given up and nothing else is lost."""
+        offset, length = self.place(at, length)
+
+        async def write_and_wait(volume: Volume) -> None:
+            await self.do_write(volume, offset, self.fresh(length))
+            if volume.protection.is_online:
+                await attempt(flush(volume))  # So that what is buffered meets it, too.
+                # A flush that succeeds, or that fails, may have brought anything to the disk.
+
+        failure = self.rig.host.fail("area", operation, errno.EIO, nth=nth, times=times)
+        self.failing = True
+        self.perform(write_and_wait)
+        self.rig.run(self.noticed)
+        self.rig.host.failures.remove(failure)
+        self.failing = False
+
+    async def noticed(self, volume: Volume) -> None:
+        """While it still fails: what it did is the model's state."""
+        self.after(volume)
+        self.lost(volume)
+        if self.policy == "evict":
+            assert volume.protection.is_online, volume.protection.fault
 
     @rule(at=fractions, length=st.sampled_from([BLOCK, 5 * BLOCK, 1 << 20]))
     def wipe(self, at: int, length: int) -> None:
@@ -186,21 +241,27 @@ class VolumeMachine(RuleBasedStateMachine):
         offset, length = self.place(at if length < BLOCK else 0, length)
         self.perform(self.do_write, offset, self.fresh(length))
 
-    @rule(cuts=st.lists(fractions, min_size=3, max_size=6, unique=True), gaps=st.integers(0, 63))
-    def write_several_at_once(self, cuts: list[int], gaps: int) -> None:
-        """Neighbouring writes, several of them in one block, all in flight together."""
+    @rule(
+        cuts=st.lists(fractions, min_size=3, max_size=6, unique=True),
+        gaps=st.integers(0, 63),
+        durably=st.one_of(st.just(0), st.integers(0, 63)),
+    )
+    def write_several_at_once(self, cuts: list[int], gaps: int, durably: int) -> None:
+        """Neighbouring writes, several of them in one block, all in flight together, some of them
+        with O_DSYNC.
+        """
         size = len(self.model.content)
         bounds = sorted({cut * size >> 16 for cut in cuts} | {size})
         jobs = [
-            (start, self.fresh(end - start))
+            (start, self.fresh(end - start), bool(durably >> number & 1))
             for number, (start, end) in enumerate(itertools.pairwise(bounds))
             if not gaps >> number & 1
         ]
 
         async def all_of_them(volume: Volume) -> None:
             async with trio.open_nursery() as nursery:
-                for offset, data in jobs:
-                    nursery.start_soon(self.do_write, volume, offset, data)
+                for job in jobs:
+                    nursery.start_soon(self.do_write, volume, *job)
 
         self.perform(all_of_them)
 
@@ -236,13 +297,18 @@ class VolumeMachine(RuleBasedStateMachine):
 
     # -- administration ---------------------------------------------------------------------------
 
+    @staticmethod
+    def given_up(volume: Volume) -> int:
+        """A number that a failure has used up is not used again."""
+        return volume.protection.saved.given_up
+
     async def do_create(self, volume: Volume) -> None:
         self.flight.created = True
         error = await attempt(volume.create_point())
         assert (error is not None) == self.model.offline
         if error is None:
             newest = volume.points[-1].number
-            assert newest == self.model.newest + 1
+            assert newest == max(self.model.newest, self.given_up(volume)) + 1
             self.model.newest = newest
             self.model.points[newest] = bytes(self.model.content)
             self.model.synced()
@@ -346,9 +412,12 @@ class VolumeMachine(RuleBasedStateMachine):
         self.rig.close()
         if not self.model.offline:
             # A file that is cut off later is no harm: the superblock says how much counts.
-            unsynced = [change for _, _, change in self.rig.host.snapshot().pending()]
-            assert [change for change in unsynced if change.data is not None] == []
-        self.model.synced()
+            pending = self.rig.host.snapshot().pending()
+            unsynced = {name for name, _, change in pending if change.data is not None}
+            # An area that has failed, and cost all points, need not be closed cleanly.
+            given_up = self.policy == "evict" and not self.model.points
+            assert unsynced <= ({"area"} if given_up else set())
+            self.model.synced()
 
     @rule()
     def killed(self) -> None:
@@ -360,7 +429,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @rule(
         after=st.one_of(st.integers(0, 20), st.integers(0, 60)),
-        how=st.sampled_from(["kill", "lost", "kept", "dice", "dice", "dice"]),
+        how=st.sampled_from(["kill", "damaged", "lost", "kept", "dice", "dice", "dice"]),
         seed=st.integers(0, 1 << 30),
     )
     def the_end_comes_during_the_next(self, after: int, how: str, seed: int) -> None:
@@ -374,6 +443,84 @@ class VolumeMachine(RuleBasedStateMachine):
         choose = {"lost": nothing_kept, "kept": everything_kept, "dice": by_dice(dice.choice)}[how]
         self.rig.crashed(choose)
         self.model.accept(raw_replica(self.rig))
+
+    @precondition(lambda self: self.planned is None)
+    @rule(number=st.integers(0, 1 << 20), close=st.booleans())
+    def damaged_for_a_while(self, number: int, close: bool) -> None:
+        """Part of the area cannot be seen in one opening, and is there again in the next."""
+        if self.rig.volume is None:
+            return
+        if close:
+            self.rig.close()
+            if not self.model.offline:
+                self.model.synced()
+        else:
+            self.rig.killed()
+        self.damaged(number)
+
+    @precondition(lambda self: self.planned is None and len(self.model.points) < MAX_POINTS_HERE)
+    @rule(
+        places=st.lists(fractions, min_size=1, max_size=5),
+        after=st.integers(0, 14),
+        number=st.integers(0, 1 << 20),
+    )
+    def damaged_after_a_kill(self, places: list[int], after: int, number: int) -> None:
+        """Killed while writes are carried out, of which some have overwritten their blocks."""
+        self.perform(self.do_create)  # So that there is something to preserve.
+
+        async def write_and_die(volume: Volume) -> None:
+            for at in places:
+                await self.do_write(volume, *self.some(at))
+            self.rig.host.stop_at = self.rig.host.operations + after
+            with contextlib.suppress(OSError):
+                await volume.buffer.drain()
+            self.after(volume)
+
+        with contextlib.suppress(PowerLoss):
+            self.rig.run(write_and_die)
+        self.rig.killed()
+        self.damaged(number)
+
+    def some(self, at: int) -> tuple[int, bytes]:
+        offset, length = self.place(at, BLOCK)
+        return offset, self.fresh(length)
+
+    def damaged(self, number: int) -> None:
+        """Of a volume that nobody has open: meanwhile nothing is carried out by anybody, and a
+        point shows what it holds or EIO; afterwards all is as it was.
+        """
+        rig = self.rig
+        undo = by_number(rig, number)
+        before = raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}
+
+        async def look(volume: Volume) -> bool:
+            assert not volume.protection.is_online
+            for point in volume.points:
+                wanted = self.model.points.get(point.number)
+                handle = volume.open_point(point.number)
+                for at in range(0, volume.size, BLOCK):
+                    with contextlib.suppress(OSError):
+                        found = bytes(await handle.read(at, BLOCK))
+                        assert wanted is None or wanted[at : at + BLOCK] == found, "newer bytes"
+                handle.close()
+            error = await attempt(volume.online())
+            assert isinstance(error, VsnapError)
+            assert error.code == "no-way-online"
+            fault = volume.protection.fault
+            return fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+
+        by_damage = rig.run(look)
+        assert (raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}) == before
+        rig.killed()
+        undo()
+
+        async def back(volume: Volume) -> None:
+            await volume.online()
+            if self.model.offline:  # By hand, which fault 3 had taken the place of.
+                await volume.go_offline()
+
+        if by_damage:
+            rig.run(back)
 
     # -- how every rule runs ----------------------------------------------------------------------
 
@@ -393,8 +540,10 @@ class VolumeMachine(RuleBasedStateMachine):
         self.rig.host.stop_at = self.rig.host.operations + after
         with contextlib.suppress(PowerLoss):
             self.rig.run(work, *args)
-        if how == "kill":
+        if how in ("kill", "damaged"):
             self.rig.killed()
+            if how == "damaged":
+                self.damaged(seed)
             found = self.rig.run(self.seen)
             for offset, data in self.flight.writes:
                 if found[offset : offset + len(data)] == data:
@@ -440,7 +589,7 @@ class VolumeMachine(RuleBasedStateMachine):
                 if actual == model.points[flight.restoring] and actual != model.content:
                     model.content = bytearray(actual)
                     model.synced()
-                elif how != "kill":
+                elif how not in ("kill", "damaged"):
                     model.accept(actual)
                 # Killed before it began: what was not synced is so still.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -113,8 +114,6 @@ def ids(rig: Rig, event: int) -> int:
         Unusable("it belongs to another user (uid 1000)", "Let uid 1000 do it."),
         OSError(errno.EMFILE, "Too many open files"),
         OSError(errno.EACCES, "Permission denied"),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        MemoryError(),
     ],
     ids=lambda problem: type(problem).__name__ + str(getattr(problem, "errno", "")),
 )
@@ -123,7 +122,7 @@ def test_what_another_opening_could_use_keeps_the_volume_closed(problem: Excepti
     rig = left_by_a_kill()
     rig.host.ring_problem = problem
     error = closed(rig)
-    assert str(problem) in error.message or isinstance(problem, (OSError, MemoryError))
+    assert (problem.strerror if isinstance(problem, OSError) else str(problem)) in error.message
     assert "--give-up-write-buffer" in error.hint
     rig.host.ring_problem = None
     assert content(rig) == NEW + OLD[BLOCK:]
@@ -131,12 +130,28 @@ def test_what_another_opening_could_use_keeps_the_volume_closed(problem: Excepti
     assert not rig.host.memory
 
 
-def test_no_memory_for_what_a_ring_holds_keeps_the_volume_closed() -> None:
-    """Found out half way through its records: as if it had not been looked at."""
+@pytest.mark.parametrize("where", ["file", "mapping", "records"])
+def test_without_memory_for_a_ring_nothing_of_it_is_lost(where: str) -> None:
+    """Offline by fault 4 for as long as that lasts; nothing of it is written down."""
     rig = left_by_a_kill()
-    with mock.patch("vsnapfs.volume.buffer.WriteBuffer._enter", side_effect=MemoryError):
-        closed(rig)
+    before = everything(rig)
+
+    async def look(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert int(volume.protection.fault.code) == 4
+        assert (await read_points(volume)) == {1: OLD}
+
+    enter = "vsnapfs.volume.buffer.WriteBuffer._enter"
+    with mock.patch(enter, side_effect=MemoryError) if where == "records" else nullcontext():
+        if where != "records":
+            no_memory = OSError(errno.ENOMEM, "Cannot allocate memory")
+            rig.host.ring_problem = MemoryError() if where == "mapping" else no_memory
+        rig.run(look)
+        rig.close()
+        rig.host.ring_problem = None
+    assert everything(rig) == before
     assert content(rig) == NEW + OLD[BLOCK:]
+    assert ids(rig, 1043) == 0
 
 
 def test_a_ring_in_another_tmpfs_keeps_the_volume_closed() -> None:
@@ -488,3 +503,57 @@ def test_an_exception_while_acknowledging_gives_everything_back(where: str) -> N
         rig.run(go)
     rig.killed()
     assert content(rig) == OLD[:BLOCK] + NEWER + OLD[2 * BLOCK :]
+
+
+def test_a_ring_of_another_life_is_not_named_again_in_this_one() -> None:
+    """Where an opening commits nothing (the area is damaged), a deletion does: it names no ring."""
+    rig = left_by_a_kill()
+    memory = dict(rig.host.memory)
+    rig.crashed()
+    rig.host.memory = memory  # A tmpfs that was saved and put back.
+    rig.host.files["area"].cache.write(128 * 1024, b"\xff" * 512)
+    rig.host.files["area"].disk.write(128 * 1024, b"\xff" * 512)
+    twin = 128 * 1024 + 64 * 1024 + 32 * BLOCK
+    rig.host.files["area"].cache.write(twin, b"\xff" * 512)
+    rig.host.files["area"].disk.write(twin, b"\xff" * 512)
+
+    async def delete(volume: Volume) -> None:
+        assert volume.core.need_area().damaged_sectors
+        await volume.delete_point(1)
+
+    rig.run(delete)
+    rig.killed()
+
+    async def look(volume: Volume) -> None:
+        assert volume.buffer.ring is None
+        assert acknowledged(rig, volume) == OLD
+
+    rig.run(look)
+    assert ids(rig, 1043) == 0
+
+
+@pytest.mark.parametrize("where", ["the slots", "looking ahead"])
+def test_a_write_is_refused_wholly_or_acknowledged_wholly(where: str) -> None:
+    """No memory on either side of acknowledging: what the client is told is what happened."""
+    rig = made()
+    target = {
+        "the slots": "vsnapfs.volume.writer.Writer._take_slots",
+        "looking ahead": "vsnapfs.volume.room.Room.look_ahead",
+    }[where]
+
+    async def go(volume: Volume) -> bool:
+        await volume.buffer.start()
+        slots = volume.core.need_area().slots.in_use
+        refused = False
+        with mock.patch(target, side_effect=MemoryError):
+            try:
+                await write_at(volume, 0, NEW)
+            except MemoryError:
+                refused = True
+                assert volume.core.need_area().slots.in_use == slots
+        volume.check_invariants()
+        return refused
+
+    refused = rig.run(go)
+    rig.killed()
+    assert content(rig) == (OLD if refused else NEW + OLD[BLOCK:])

@@ -208,6 +208,7 @@ def test_no_memory_for_the_index() -> None:
     story = Story()
     story.rig.close()
     story.when("area", "read", MemoryError)
+    story.rig.volume = story.rig.trio_run(lambda: story.rig.open(mountpoint="/mnt"))
     story.refused()
     assert story.rig.log.params(83)["errno"] == errno.ENOMEM
     story.went_down(4)

@@ -43,6 +43,7 @@ class FakeHandle:
         self.number = number
         self.closed = 0
         self.flushed = 0
+        self.synchronous = False
 
     def _check(self, call: str) -> None:
         if call in self.volume.fails:
@@ -146,10 +147,11 @@ class FakeVolume:
         for callback in self.callbacks:
             callback()
 
-    def open_replica(self) -> FakeHandle:
+    def open_replica(self, *, synchronous: bool = False) -> FakeHandle:
         if not self.online_state:
             raise oserror(errno.ENODEV)
         self.handles.append(FakeHandle(self, self.data, None))
+        self.handles[-1].synchronous = synchronous
         return self.handles[-1]
 
     def open_point(self, number: int) -> FakePointHandle:

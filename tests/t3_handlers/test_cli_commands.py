@@ -49,7 +49,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = ok(
         *("create", "v", "--size", "1GiB", "--diff-area-size", "64MiB", "--diff-area", "d"),
         *("--replica", "r", "--from", "i", "--block-size", "4KiB", "--on-full", "evict"),
-        *("--durability", "process", "--zero-blocks", "copy", "--force"),
+        *("--durability", "process", "--zero-blocks", "copy", "--force", "--grow-timeout", "90"),
     )
     del seen["progress"]
     assert seen == {
@@ -61,6 +61,7 @@ def test_create_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "from_image": tmp_path / "i",
         "block_size": 4096,
         "on_full": "evict",
+        "grow_timeout": 90.0,
         "durability": "process",
         "zero_blocks": "copy",
         "force": True,
@@ -73,6 +74,14 @@ def test_create_refuses_an_empty_name(tmp_path: Path, monkeypatch: pytest.Monkey
     """`vsnapfs create "$unset"` does not make a volume of the current directory."""
     monkeypatch.chdir(tmp_path)
     refused(run("create", "", "--size", "1G", "--diff-area-size", "1G"), "empty", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["-1", "3601", "nan", "soon", ""])
+def test_create_refuses_a_grow_timeout_that_is_none(tmp_path: Path, seconds: str) -> None:
+    """Seconds from 0 to 3600; nothing else, and nothing is made."""
+    command = ("create", tmp_path / "v", "--size", "1MiB", "--diff-area-size", "2MiB")
+    refused(run(*command, "--grow-timeout", seconds), "grow-timeout", code=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,6 +93,24 @@ def test_giving_up_is_only_offered_where_the_area_may_be_lost(volume: Path) -> N
     assert offered == {1, 3, 14, 15}
 
 
+def test_status_tells_of_a_growth_that_takes_long(backend: Backend, volume: Path) -> None:
+    """While it lasts, with the writes that wait; afterwards if it took long; else not a word."""
+    area = status_of(volume)["diff_area"]
+    for growth, said in (
+        ({"seconds": 12.34, "waiting": 2, "last_seconds": None}, "for 12.3 s now; 2 writes wait"),
+        ({"seconds": 0.1, "waiting": 1, "last_seconds": 9.0}, "for 0.1 s now; 1 write waits"),
+        ({"seconds": 4.0, "waiting": 0, "last_seconds": None}, "for 4.0 s now\n"),
+        ({"seconds": None, "waiting": 0, "last_seconds": 7.25}, "took 7.2 s"),
+        ({"seconds": None, "waiting": 0, "last_seconds": 0.5}, ""),
+        ({"seconds": None, "waiting": 0, "last_seconds": None}, ""),
+        ({}, ""),
+    ):
+        backend.answers["status"] = status_of(volume, diff_area=area | {"growth": growth})
+        text = ok("status", volume).stdout
+        assert said in text
+        assert said or not re.search(r"^ +(growing|last growth) ", text, re.MULTILINE)
+
+
 def test_status_of_a_fault_that_no_write_tripped(backend: Backend, volume: Path) -> None:
     """Block, write and sizes may be unknown (a fault found at open): the rest is shown."""
     bare = fault(FaultCode.DIFF_AREA_MISSING, block=None, offset=None, length=None, maximum=None)

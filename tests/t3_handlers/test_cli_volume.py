@@ -102,6 +102,7 @@ def test_status_has_the_promised_keys(vol: Path) -> None:
     area = report["diff_area"]
     assert area["path"] == str(vol / "diff-area")
     assert 0 < area["used"] <= area["allocated"] <= area["maximum"] == 2 * MIB
+    assert area["growth"] == {"seconds": None, "waiting": 0, "last_seconds": None}
 
 
 def test_looking_at_a_volume_changes_nothing(vol: Path) -> None:

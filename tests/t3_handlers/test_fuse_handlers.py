@@ -66,6 +66,24 @@ def test_the_replica_is_direct_and_points_are_cached(handlers: VolumeOperations)
     assert (point.direct_io, point.keep_cache) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "synchronous"),
+    [
+        (os.O_RDWR, False),
+        (os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT, False),
+        (os.O_RDWR | os.O_DSYNC, True),
+        (os.O_WRONLY | os.O_SYNC, True),
+        (os.O_RDWR | os.O_APPEND | os.O_DSYNC, True),
+    ],
+)
+def test_the_volume_is_told_that_writes_are_to_be_synchronous(
+    volume: FakeVolume, handlers: VolumeOperations, flags: int, synchronous: bool
+) -> None:
+    """O_SYNC and O_DSYNC belong to the handle they were opened with; no other flag means them."""
+    open_file(handlers, tree.REPLICA, flags)
+    assert [handle.synchronous for handle in volume.handles] == [synchronous]
+
+
 def test_file_handles_are_never_used_twice(handlers: VolumeOperations) -> None:
     """A number that has been released stands for no other file later."""
     seen = set()

@@ -415,8 +415,17 @@ def test_the_rest_is_told_in_time_and_not_done(
         client.call(hanging.directory, "rp_delete", point=1)
     hanging.go_on.set()  # type: ignore[attr-defined]
     here.locked_until = float("inf")  # as the server has it
-    assert len(client.call(hanging.directory, "rp_list")) == 1
+    assert len(_once_it_goes_on(hanging)) == 1
     assert everything(hanging.volume) == before
+
+
+def _once_it_goes_on(running: Running) -> Any:
+    """The list of points; on a busy machine the stand-in may answer for a moment longer."""
+    while True:
+        try:
+            return client.call(running.directory, "rp_list")
+        except VsnapError as error:
+            assert error.code == "host-hangs"
 
 
 def test_who_waits_is_served_once_the_loop_goes_on(hanging: Running, here: Openings) -> None:

@@ -473,11 +473,20 @@ def test_policy_evict_gives_up_the_oldest_points(machine: Machine) -> None:
         rig.call("rp_resolve", point="latest")
 
 
-def test_policy_evict_goes_on_without_its_diff_area(machine: Machine) -> None:
-    """With evict a diff area that is taken away costs all points (event 14), but no write."""
+@pytest.mark.parametrize("when", ["in use", "before the first copy"])
+def test_policy_evict_goes_on_without_its_diff_area(machine: Machine, when: str) -> None:
+    """With evict a diff area that is taken away costs all points (event 14), but no write. A new
+    point is refused, with the way to a new area, which works.
+    """
     rig = machine.rig(size=SIZE, area=8 * MIB, on_full="evict")
     rig.mount()
     with_points(rig, 3)
+    if when == "before the first copy":
+        # Mounted anew, so that the next write makes the write buffer.
+        rig.unmount()
+        rig.mount()
+        assert rig.create_point() == 4
+        vsnapfs("recovery-point", "delete", rig.directory, "4")
     rig.area.unlink()
     rig.write(0, os.urandom(2 * MIB))
     rig.carried_out()
@@ -485,3 +494,23 @@ def test_policy_evict_goes_on_without_its_diff_area(machine: Machine) -> None:
     assert rig.event(14)["count"] == 3
     assert rig.fault() is None
     rig.write(MIB, os.urandom(SIZE - MIB))
+    for _ in range(2):
+        said = vsnapfs("recovery-point", "create", rig.directory, code=1)
+        assert "no recovery point was taken" in said
+        assert "online --give-up-recovery-points" in said
+        assert rig.status()["state"] == "online"
+    assert "no recovery point can be made" in vsnapfs("status", rig.directory)
+    vsnapfs("offline", rig.directory)
+    vsnapfs("online", rig.directory, "--give-up-recovery-points", "--yes")
+    assert rig.status()["trouble"] is None
+    content = os.urandom(SIZE)
+    rig.write(0, content)
+    number = rig.create_point()
+    assert number > 3, "numbers are never used twice"
+    rig.write(0, b"new")
+    assert read_direct(rig.point(number)) == content
+    rig.unmount()
+    rig.mount()
+    assert rig.points() == [number]
+    assert read_direct(rig.point(number)) == content
+    assert rig.fault() is None

@@ -2,7 +2,8 @@
 
 Owns what a person or a script sees: options, tables, JSON, progress bars, exit codes, hints.
 Promises that `--json` output is never coloured or wrapped, that progress and errors go to stderr
-only, and that every refusal is "vsnapfs: error: …" with a hint where one is known (`app`).
+only, that every refusal is "vsnapfs: error: …" with a hint where one is known (`app`), and that all
+of it can be written in any locale (`streams`).
 
 Leaves the work to `daemon.client.call` (mounted or not, the same operation), `volume.create`, and
 `diffarea.inspect`. Modules import these inside their commands: `vsnapfs --help` and tab completion
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 def main() -> None:
     """The entry point of the `vsnapfs` program. Exits the process."""
+    from vsnapfs.cli import streams
     from vsnapfs.cli.app import app
 
+    streams.prepare()
     app.main(prog_name="vsnapfs")

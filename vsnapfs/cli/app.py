@@ -69,6 +69,9 @@ class Root(Group):
         """As click's, but failures look like ours and exit as the table above says."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        asked = os.environ.get(completion.VARIABLE)
+        if asked:
+            sys.exit(completion.answer(self, asked))
         sys.exit(self._run(args, prog_name, complete_var, extra))
 
     def _run(
@@ -101,6 +104,12 @@ class Root(Group):
         except OSError as error:
             complain(*_os_words(error))
             _give_up_on_stdout_if_broken()
+        except MemoryError:
+            _no_memory()
+        except ImportError as error:
+            if "failed to map" not in str(error) and "allocate memory" not in str(error):
+                _defect()
+            _no_memory()
         except Exception:  # noqa: BLE001 (the last resort: report the defect)
             _defect()
         return EXIT_FAILED
@@ -121,6 +130,13 @@ def _os_words(error: OSError) -> tuple[str, str]:
     what = error.strerror or str(error) or type(error).__name__
     hint = "Try as root." if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() else ""
     return f"{where}{what}", hint
+
+
+def _no_memory() -> None:
+    complain(
+        "there is not enough memory for this command",
+        "Free some memory, or raise the limit it runs under (ulimit -v, MemoryMax).",
+    )
 
 
 def _defect() -> NoReturn:

@@ -12,7 +12,9 @@ from vsnapfs.cli.output import note, progress, warn
 from vsnapfs.cli.params import FileType, SizeType
 from vsnapfs.cli.signals import unwinding
 from vsnapfs.config import (
+    DEFAULT_GROW_TIMEOUT,
     DURABILITIES,
+    MAX_TIMEOUT,
     POLICIES,
     WAYS_WITH_ZEROS,
     Durability,
@@ -73,6 +75,15 @@ from vsnapfs.units import format_exact
     "or delete the oldest recovery points.",
 )
 @click.option(
+    "--grow-timeout",
+    type=click.FloatRange(0, MAX_TIMEOUT),
+    metavar="SECONDS",
+    default=DEFAULT_GROW_TIMEOUT,
+    show_default=True,
+    help="How long a write waits for the diff area to grow before that is a fault. With "
+    "--on-full evict it waits until growing has succeeded or failed.",
+)
+@click.option(
     "--durability",
     type=click.Choice(DURABILITIES),
     default="power",
@@ -102,6 +113,7 @@ def create(
     from_image: Path | None,
     block_size: int,
     on_full: OnFull,
+    grow_timeout: float,
     durability: Durability,
     zero_blocks: ZeroBlocks,
     force: bool,
@@ -124,6 +136,7 @@ def create(
             from_image=None if from_image is None else _absolute(from_image),
             block_size=block_size,
             on_full=on_full,
+            grow_timeout=grow_timeout,
             durability=durability,
             zero_blocks=zero_blocks,
             force=force,

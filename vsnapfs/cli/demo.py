@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from vsnapfs.cli.base import Command
+from vsnapfs.cli.output import readable
 from vsnapfs.cli.params import lang_option
 
 
@@ -23,4 +24,4 @@ def demo(ctx: click.Context, lang: str, fast: bool) -> None:
     """
     from vsnapfs.demo import run_demo
 
-    ctx.exit(run_demo(lang, fast))
+    ctx.exit(run_demo(readable(lang), fast))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note
+from vsnapfs.cli.output import echo, json_line, note, readable, xml_text
 from vsnapfs.cli.params import lang_option, volume_argument
 from vsnapfs.config import VolumePaths, shown
 from vsnapfs.errors import UsageError
@@ -39,17 +39,18 @@ def events(volume: Path, as_json: bool, as_xml: bool, follow: bool, lang: str) -
     if as_json and as_xml:
         raise UsageError("--json and --xml exclude each other", hint="Choose one of them.")
     log = VolumePaths(volume).events
+    lang = lang if as_json or as_xml else readable(lang)
     seen = False
     if as_xml:
-        click.echo("<Events>")
+        echo(xml_text("<Events>"))
     try:
         for event in _events(log, follow):
             seen = True
-            click.echo(_rendered(event, as_json, as_xml, lang))
+            echo(_rendered(event, as_json, as_xml, lang))
     finally:
         # Also after Ctrl-C, so that what --follow wrote into a file is a whole document.
         if as_xml:
-            click.echo("</Events>")
+            echo("</Events>")
     if not seen and not as_json and not as_xml:
         note(f"The event log of {shown(volume)} is empty.")
 
@@ -64,5 +65,5 @@ def _rendered(event: Event, as_json: bool, as_xml: bool, lang: str) -> str:
     from vsnapfs.events import render_json, render_text, render_xml
 
     if as_json:
-        return render_json(event, lang)
-    return render_xml(event, lang) if as_xml else render_text(event, lang)
+        return json_line(render_json(event, lang))
+    return xml_text(render_xml(event, lang)) if as_xml else render_text(event, lang)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import clean, print_json
+from vsnapfs.cli.output import clean, echo, print_json
 from vsnapfs.cli.params import FileType, json_option
 from vsnapfs.config import CONFIG_NAME, DEFAULT_DIFF_AREA, shown
 from vsnapfs.errors import UsageError
@@ -43,7 +43,7 @@ def inspect(file: Path, as_json: bool) -> None:
         print_json(found)
     else:
         for line in _lines(found, 0):
-            click.echo(clean(line))
+            echo(clean(line))
 
 
 def _lines(value: Any, depth: int) -> Iterator[str]:

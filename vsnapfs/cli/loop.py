@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note
+from vsnapfs.cli.output import echo, note
 from vsnapfs.cli.params import volume_argument
 from vsnapfs.cli.volumes import find_mount, live_mount
 from vsnapfs.config import shown
@@ -45,7 +45,7 @@ def attach(volume: Path) -> None:
             exit_code=3 if fault else 1,
             code="offline",
         )
-    click.echo(mounts.attach_loop(mount.mountpoint / "replica.img"))
+    echo(mounts.attach_loop(mount.mountpoint / "replica.img"))
 
 
 @click.command(

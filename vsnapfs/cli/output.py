@@ -2,7 +2,8 @@
 
 Promises: human output and JSON go to stdout, everything else (errors, warnings, progress,
 questions) to stderr; nothing is coloured or wrapped unless a terminal shows it; text from disk
-(labels, paths) never reaches the terminal with control characters or as markup.
+(labels, paths) never reaches the terminal with control characters or as markup; JSON and XML are
+valid whatever the encoding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import click
 
+from vsnapfs.cli import streams
 from vsnapfs.errors import VsnapError
 from vsnapfs.units import format_size
 
@@ -27,24 +29,30 @@ ProgressFn = Callable[[str, int, int], None]
 _PLAIN_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 
 
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Write text, with a line feed, and flush it. The only way in which commands write."""
+    # Named: click would wrap a stream that is ASCII in one of its own, which is UTF-8.
+    click.echo(text, file=sys.stderr if err else sys.stdout, nl=nl)
+
+
 def complain(message: str, hint: str = "") -> None:
     """An error: what happened, and what to do next."""
     text = clean(message)
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]  # one form for all, whichever layer wrote it
-    click.echo(f"vsnapfs: error: {text}", err=True)
+    echo(f"vsnapfs: error: {text}", err=True)
     if hint:
-        click.echo(f"  hint: {clean(hint)}", err=True)
+        echo(f"  hint: {clean(hint)}", err=True)
 
 
 def warn(message: str) -> None:
     """Something the user should know although the command goes on."""
-    click.echo(f"vsnapfs: warning: {clean(message)}", err=True)
+    echo(f"vsnapfs: warning: {clean(message)}", err=True)
 
 
 def note(message: str) -> None:
     """What is being done, for people: stderr, so that scripts can read stdout."""
-    click.echo(clean(message), err=True)
+    echo(clean(message), err=True)
 
 
 def clean(text: str) -> str:
@@ -57,18 +65,41 @@ def _escaped(character: str) -> str:
 
 
 def json_text(data: object, *, indent: int | None = 2) -> str:
-    """JSON that the terminal's encoding can carry: text as it is if possible, else escaped."""
+    """JSON as stdout can carry it: JSON is UTF-8, so any other encoding gets nothing but ASCII."""
+    streams.for_programs()
     text = json.dumps(data, ensure_ascii=False, indent=indent)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(data, ensure_ascii=True, indent=indent)
-    return text
+    if streams.is_utf8() and streams.can_show(text):
+        return text
+    return json.dumps(data, ensure_ascii=True, indent=indent)
+
+
+def json_line(text: str) -> str:
+    """The same for JSON on one line that is text already."""
+    streams.for_programs()
+    if streams.is_utf8() and streams.can_show(text):
+        return text
+    return json.dumps(json.loads(text), ensure_ascii=True)
+
+
+def xml_text(text: str) -> str:
+    """XML as stdout can carry it: without a declaration XML is UTF-8, as JSON is."""
+    streams.for_programs()
+    if streams.is_utf8():
+        return text
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def readable(lang: str) -> str:
+    """`lang`, or "en" with a warning where stdout's encoding has no characters for it."""
+    if lang != "ja" or streams.can_show("日本語"):
+        return lang
+    warn(f"the output's encoding ({sys.stdout.encoding}) has no Japanese: told in English")
+    return "en"
 
 
 def print_json(data: object) -> None:
     """One JSON document on stdout."""
-    click.echo(json_text(data))
+    echo(json_text(data))
 
 
 def when(nanoseconds: int) -> str:
@@ -100,11 +131,11 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right:
             header.upper(), justify="right" if header in numbers else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(streams.carried(clean(cell))) for cell in row))
     out.print(table)
     if isinstance(out.file, io.StringIO):
         for line in out.file.getvalue().splitlines():
-            click.echo(line.rstrip())
+            echo(line.rstrip())
 
 
 def print_facts(facts: Iterable[tuple[str, str]], *, indent: int = 2) -> None:
@@ -113,15 +144,15 @@ def print_facts(facts: Iterable[tuple[str, str]], *, indent: int = 2) -> None:
     width = max((len(name) for name, _ in listed), default=0)
     for name, value in listed:
         first, *more = clean(value).split("\n")
-        click.echo(f"{'':{indent}}{name:<{width}}  {first}".rstrip())
+        echo(f"{'':{indent}}{name:<{width}}  {first}".rstrip())
         for line in more:
-            click.echo(f"{'':{indent}}{'':{width}}  {line}".rstrip())
+            echo(f"{'':{indent}}{'':{width}}  {line}".rstrip())
 
 
 def confirm(question: str, *, option: str) -> None:
     """Ask on stderr and go on only after a yes. `option`: what a script passes instead."""
     # Not click.confirm: before click 8.2 it writes a part of the question to stdout.
-    click.echo(f"{clean(question)} [y/N]: ", nl=False, err=True)
+    echo(f"{clean(question)} [y/N]: ", nl=False, err=True)
     agreed = sys.stdin.readline().strip().lower() in ("y", "yes")  # "" when nobody is there
     if not agreed:
         raise VsnapError(

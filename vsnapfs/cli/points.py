@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Group
-from vsnapfs.cli.output import note, print_json, print_table, progress, when
+from vsnapfs.cli.output import echo, note, print_json, print_table, progress, when
 from vsnapfs.cli.params import FileType, LabelType, PointType, json_option, volume_argument
 from vsnapfs.config import shown
 
@@ -42,7 +42,7 @@ def create(volume: Path, label: str | None) -> None:
     from vsnapfs.daemon import client
 
     point = client.call(volume, "rp_create", label=label, say=note)
-    click.echo(str(point["number"]))
+    echo(str(point["number"]))
 
 
 @recovery_point.command(

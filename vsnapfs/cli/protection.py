@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import confirm, note, progress, warn
+from vsnapfs.cli.output import confirm, echo, note, progress, warn
 from vsnapfs.cli.params import SizeType, volume_argument
 from vsnapfs.cli.status_text import sizes
 from vsnapfs.config import shown
@@ -36,7 +36,7 @@ def resize(volume: Path, total: int) -> None:
     with progress("resize") as report:
         client.call(volume, "resize", progress=report, say=note, total=total)
     after = client.call(volume, "status")
-    click.echo(f"{shown(volume)}: diff area {sizes(after['diff_area'])}")
+    echo(f"{shown(volume)}: diff area {sizes(after['diff_area'])}")
     if after.get("state") == "offline":
         note(f"{shown(volume)} is still offline. Next: vsnapfs online {shown(volume)}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note, print_facts, print_json, progress
+from vsnapfs.cli.output import echo, note, print_facts, print_json, progress
 from vsnapfs.cli.params import json_option, volume_argument
 from vsnapfs.cli.verify import EXIT_PROBLEMS, problem_facts
 from vsnapfs.config import shown
@@ -45,12 +45,12 @@ def repair(ctx: click.Context, volume: Path, dry_run: bool, as_json: bool) -> No
 
 def _show(name: str, result: dict[str, Any]) -> None:
     found, beyond = result.get("found", []), result.get("beyond_repair", [])
-    click.echo(f"{name}: {_summary(len(found), len(beyond), dry=result.get('dry_run', False))}")
+    echo(f"{name}: {_summary(len(found), len(beyond), dry=result.get('dry_run', False))}")
     for finding in found:
-        click.echo()
+        echo()
         print_facts(_finding_facts(finding, dry=result.get("dry_run", False)))
     for problem in beyond:
-        click.echo()
+        echo()
         print_facts([("beyond repair", ""), *problem_facts(problem)])
     if result.get("state") == "offline":
         note(f"{name} is offline. `vsnapfs status {name}` says why, and what is next.")

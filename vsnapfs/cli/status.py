@@ -8,7 +8,7 @@ import click
 
 from vsnapfs.cli import status_text
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import complain, note, print_facts, print_json, print_table
+from vsnapfs.cli.output import complain, echo, note, print_facts, print_json, print_table
 from vsnapfs.cli.params import VolumeNameType, json_option
 from vsnapfs.cli.volumes import find_mount, find_volume, mounted
 from vsnapfs.errors import VsnapError
@@ -61,6 +61,9 @@ def _report(name: str) -> dict[str, Any]:
     except OSError as error:
         failure = VsnapError(f"{name}: {error.strerror or error}", errno=error.errno or 5)
         return {"volume": name, "state": None, "fault": None, "error": failure.to_json()}
+    except MemoryError:
+        failure = VsnapError(f"{name}: there is not enough memory to look at it", errno=12)
+        return {"volume": name, "state": None, "fault": None, "error": failure.to_json()}
 
 
 def _show(reports: list[dict[str, Any]]) -> None:
@@ -69,11 +72,11 @@ def _show(reports: list[dict[str, Any]]) -> None:
         _table(good)
     for report in good:
         if len(good) == 1:
-            click.echo(status_text.headline(report))
+            echo(status_text.headline(report))
             print_facts(status_text.facts(report))
         elif report.get("fault"):
-            click.echo()
-            click.echo(status_text.headline(report))
+            echo()
+            echo(status_text.headline(report))
         if report.get("fault"):
             print_facts(status_text.fault_facts(report))
     for report in reports:

@@ -11,7 +11,7 @@ import os
 import shlex
 from typing import Any
 
-from vsnapfs.config import shown
+from vsnapfs.config import SLOW_GROWTH_SECONDS, shown
 from vsnapfs.errors import FaultCode
 from vsnapfs.units import format_size
 
@@ -31,7 +31,10 @@ _CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair 
 _GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
 _SAVE = ("Save what can be read: vsnapfs recovery-point export {v} POINT FILE",)
 _BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
-_FREE_MEMORY = ("Free some memory, or raise the limit this process runs under.",)
+_FREE_MEMORY = (
+    "Free some memory, or raise the limit the process runs under.",
+    "If it was offline from the mount on, unmount it and mount it again.",
+)
 _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_MISSING: (*_BRING_BACK, *_GIVE_UP),
     FaultCode.IO_FAILURE_DURING_ONLINE: _CHECK_DISK,
@@ -47,6 +50,7 @@ _WAYS_OUT: dict[int, tuple[str, ...]] = {
     FaultCode.DIFF_AREA_FULL: _MAKE_ROOM,
     FaultCode.GROW_TOO_SLOW: (
         "The diff area may still grow: try `online` again when the disk is less busy.",
+        "If its host is always that slow: raise grow-timeout in volume.toml, mount anew.",
     ),
     FaultCode.GROW_FAILED: _FREE_HOST,
     FaultCode.DESTROY_ALL_SNAPSHOTS: (
@@ -71,6 +75,19 @@ def sizes(area: dict[str, Any]) -> str:
     used, allocated, maximum = (area.get(k) for k in ("used", "allocated", "maximum"))
     share = f" ({100 * used // maximum} % used)" if used is not None and maximum else ""
     return f"used {size(used)}, allocated {size(allocated)}, maximum {size(maximum)}{share}"
+
+
+def growth(area: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line about a growth that is under way, or about the last one if it took long."""
+    told = area.get("growth") or {}
+    seconds, last = told.get("seconds"), told.get("last_seconds")
+    if seconds is not None:
+        waiting = int(told.get("waiting") or 0)
+        writes = "1 write waits" if waiting == 1 else f"{waiting} writes wait"
+        return [("growing", f"for {seconds:.1f} s now" + (f"; {writes} for it" if waiting else ""))]
+    if last is not None and last >= SLOW_GROWTH_SECONDS:
+        return [("last growth", f"took {last:.1f} s: the disk that holds the diff area is slow")]
+    return []
 
 
 def size(value: Any) -> str:
@@ -110,6 +127,7 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     listed = [
         ("replica", f"{size(replica.get('size'))}, {shown(replica.get('path', '?'))}"),
         ("diff area", f"{sizes(area)}, {shown(area.get('path', '?'))}"),
+        *growth(area),
         ("recovery points", _points(status)),
         ("on full", str(status.get("on_full", "?"))),
         ("durability", f"{status.get('durability', '?')}{_buffer(status)}"),

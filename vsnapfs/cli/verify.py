@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vsnapfs.cli.base import Command
-from vsnapfs.cli.output import note, print_facts, print_json, progress
+from vsnapfs.cli.output import echo, note, print_facts, print_json, progress
 from vsnapfs.cli.params import json_option, volume_argument
 from vsnapfs.config import shown
 
@@ -43,11 +43,11 @@ def verify(ctx: click.Context, volume: Path, as_json: bool) -> None:
 def _show(name: str, result: dict[str, Any]) -> None:
     problems = result.get("problems", [])
     number = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-    click.echo(f"{name}: {'all well' if result['ok'] else number}")
+    echo(f"{name}: {'all well' if result['ok'] else number}")
     checked = result.get("checked", {})
     print_facts((key.replace("_", " "), str(value)) for key, value in checked.items())
     for problem in problems:
-        click.echo()
+        echo()
         print_facts(problem_facts(problem))
 
 

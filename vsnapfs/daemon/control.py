@@ -397,6 +397,8 @@ class ControlServer:
         if isinstance(exc, OSError):
             where = f" ({exc.filename})" if exc.filename else ""
             return VsnapError(f"{exc.strerror or exc}{where}", errno=exc.errno or 5, code="os")
+        if isinstance(exc, MemoryError):
+            return no_memory(name)
         self._unexpected(name, exc)
         return VsnapError(
             f"unexpected error in {name}: {type(exc).__name__}: {exc}",
@@ -407,6 +409,16 @@ class ControlServer:
     def _unexpected(self, what: str, exc: BaseException) -> None:
         _logger.error("unexpected error in %s", what, exc_info=exc)
         self._volume.log.log("vsnapfs", 1090, what=what, reason=f"{type(exc).__name__}: {exc}")
+
+
+def no_memory(what: str) -> VsnapError:
+    """The error of an operation that ended for lack of memory."""
+    return VsnapError(
+        f"there is not enough memory for {what}",
+        hint="Free some memory, or raise the limit the process runs under.",
+        errno=12,
+        code="no-memory",
+    )
 
 
 def _closing() -> VsnapError:

@@ -16,19 +16,18 @@ What ends it:
 * the operation `stop` (vsnapfs umount): unmounts; EBUSY is reported with what holds it, and the
   mount goes on. Answers when the volume is closed and its lock is free.
 * SIGTERM, SIGINT, SIGHUP: as `stop`. If the mount is busy, it is taken away all the same, since
-  whoever sends a signal (systemd, a shutdown) kills next: file systems mounted on our loop devices
-  are synced (at most 10 s), event 1091 names the users, requests in progress are answered, and
-  the volume is closed. To what still has it open, that is a disk that was pulled, after a sync.
+  whoever sends a signal (systemd, a shutdown) kills next: everything that stands on our loop
+  devices is synced (`above`; at most 10 s), event 1091 names the users, requests in progress are
+  answered, and the volume is closed. To what still has it open, that is a disk that was pulled,
+  after a sync.
   A second signal skips the waiting.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ import trio
 from vsnapfs.beginning import begin
 from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
+from vsnapfs.daemon.above import Syncing
 from vsnapfs.daemon.control import FINISH_SECONDS, ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
 from vsnapfs.daemon.preflight import Plan
@@ -279,7 +279,7 @@ class Server:
             return
         except VsnapError as error:
             remark = f"a signal ended the server while the mount was in use: {error.message}"
-        await self._sync_above()
+        remark += await self._sync_above()
         _logger.warning("%s", remark)
         if self._volume is not None:
             self._volume.log.log("vsnapfs", 1091, volume=str(self._plan.directory), text=remark)
@@ -292,26 +292,10 @@ class Server:
             deadline = trio.current_time() + _LAST_REQUESTS_SECONDS
             self._loop_scope.deadline = min(self._loop_scope.deadline, deadline)
 
-    async def _sync_above(self) -> None:
-        """Let the file systems on our loop devices write what they hold back, for a while."""
-        devices = mounts.loop_devices(self._plan.mountpoint)
-        above = [str(mount.mountpoint) for mount in mounts.all_mounts() if mount.source in devices]
-        # Plain threads: one that hangs is left to end with the mount, and holds nothing up.
-        threads = [threading.Thread(target=_syncfs, args=(path,), daemon=True) for path in above]
-        for thread in threads:
-            thread.start()
-        with trio.move_on_after(_SYNC_SECONDS):
-            while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110 - see above
-                await trio.sleep(0.05)
-
-
-def _syncfs(path: str) -> None:
-    """syncfs(2). Not pyfuse3's, which keeps the GIL and so the very loop that must answer."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        ctypes.CDLL(None).syncfs(fd)
-    finally:
-        os.close(fd)
+    async def _sync_above(self) -> str:
+        """Let all that stands on our loop devices write what it holds back; what it could not."""
+        syncing = Syncing(self._plan.mountpoint, self._device, _SYNC_SECONDS)
+        while not syncing.is_over:  # noqa: ASYNC110 - plain threads set no event of ours
+            await trio.sleep(0.05)
+        late = ", ".join(map(shown, syncing.late))
+        return f"; not synced within {_SYNC_SECONDS:.0f} s: {late}" if late else ""

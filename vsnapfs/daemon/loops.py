@@ -95,9 +95,16 @@ def _users(name: str) -> list[str]:
         or mount.source in (f"/dev/{name}", *(f"/dev/{part}" for part in parts))
     ]
     users += [f"/dev/{holder}" for holder in stacked]
-    swaps = Path("/proc/swaps").read_text().splitlines()[1:] if Path("/proc/swaps").exists() else []
-    users += ["swap" for line in swaps if line.split(maxsplit=1)[0] == f"/dev/{name}"]
+    swap = re.compile(rf"^/dev/{name}(p[0-9]+)?[ \t]", re.MULTILINE)
+    users += ["swap" for _ in swap.findall(_text(Path("/proc/swaps")))]
     return users
+
+
+def _text(path: Path) -> str:
+    try:
+        return os.fsdecode(path.read_bytes())
+    except OSError:
+        return ""
 
 
 def _needs_root(what: str) -> None:

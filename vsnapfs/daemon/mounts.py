@@ -32,6 +32,7 @@ __all__ = [
     "find_mounts",
     "loop_devices",
     "mount_of",
+    "mounts_in",
     "top_mount",
     "unmount",
     "unmount_now",
@@ -68,8 +69,13 @@ class Mount:
 
 def all_mounts() -> list[Mount]:
     """Every mount of this process's namespace, oldest first; later ones hide earlier ones."""
+    return mounts_in(Path(_MOUNTINFO))
+
+
+def mounts_in(mountinfo: Path) -> list[Mount]:
+    """Every mount that a process sees, given its /proc/PID/mountinfo. OSError if it is gone."""
     mounts = []
-    for line in Path(_MOUNTINFO).read_bytes().splitlines():
+    for line in mountinfo.read_bytes().splitlines():
         head, separator, tail = line.partition(b" - ")
         fields, rest = head.split(b" "), tail.split(b" ")
         if not separator or len(fields) < 6 or len(rest) < 2:

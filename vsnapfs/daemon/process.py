@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import logging
 import os
 import resource
@@ -81,7 +82,12 @@ def open_log(directory: Path) -> int:
 
 
 def log_to_stderr() -> None:
-    """What modules say through `logging`, warnings and worse, with the time."""
+    """What modules say through `logging`, warnings and worse, with the time. In UTF-8, whatever
+    the locale: stderr is server.log, which is read back as that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")

@@ -22,6 +22,7 @@ from typing import Any
 
 from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, check_write_buffer, shown
 from vsnapfs.daemon import preflight, process
+from vsnapfs.daemon.control import no_memory
 from vsnapfs.daemon.lifecycle import Server
 from vsnapfs.errors import VsnapError
 
@@ -210,6 +211,9 @@ def child_main(arguments: list[str]) -> int:
         _logger.exception("the server ended by an unexpected error")
         if not told:
             text = f"unexpected error: {type(error).__name__}: {error}"
-            tell({"error": VsnapError(text, code="unexpected").to_json()})
+            failure = VsnapError(text, code="unexpected")
+            if isinstance(error, MemoryError):
+                failure = no_memory("mounting the volume")
+            tell({"error": failure.to_json()})
         return 1
     return 0

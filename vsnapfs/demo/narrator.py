@@ -41,9 +41,6 @@ class Narrator:
         self._lang = lang
         self._chapter = 0
         self._terminal = sys.stdout.isatty()
-        # An encoding that lacks a character must not end the story.
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
         self._out = Console(
             width=None if self._terminal else _WIDTH, highlight=False, markup=False, emoji=False
         )

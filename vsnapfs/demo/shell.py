@@ -61,6 +61,7 @@ class Shell:
             "PYTHONSAFEPATH": "1",
             # Tools speak as they do everywhere, so that their numbers can be read.
             "LC_ALL": "C.UTF-8",
+            "PYTHONIOENCODING": "utf-8",
             # mkfs, losetup and fsfreeze live in sbin.
             "PATH": WITH_SBIN,
         }

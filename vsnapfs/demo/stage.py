@@ -89,7 +89,7 @@ class Stage:
     def written(self) -> int:
         """Bytes that the last fio could write, by its own report."""
         # With errors, fio puts lines of text before the JSON.
-        report = (self._shell.directory / "fio.json").read_text()
+        report = (self._shell.directory / "fio.json").read_text(encoding="utf-8")
         jobs: list[Mapping[str, Mapping[str, int]]]
         jobs = json.loads(report[report.index("{") :])["jobs"]
         return sum(job["write"]["io_bytes"] for job in jobs)

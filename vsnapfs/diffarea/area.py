@@ -33,8 +33,8 @@ from .layout import (
     SUPERBLOCK_OFFSETS,
     Layout,
 )
+from .mending import MendableStore
 from .slots import SlotMap
-from .store import AreaStore
 from .superblock import NO_RING, RingName, Superblock, unfinished
 
 Copy = tuple[int, int, int]
@@ -46,7 +46,7 @@ _KNOWN_SPANS = 1 << 16
 _MIN_STEP, _MAX_STEP = 1 << 20, 1 << 30
 
 
-class DiffArea(AreaStore):
+class DiffArea(MendableStore):
     """One open diff area. `recovery.open_area` makes one from disk, `format` a new one."""
 
     def __init__(self, backing: Backing, superblock: Superblock, slots: int | None = None) -> None:
@@ -55,9 +55,8 @@ class DiffArea(AreaStore):
         count = self.layout.slots_in(superblock.allocated) if slots is None else slots
         self.slots = SlotMap(count)
         self.index = Index()
-        #: Sectors of which both copies are bad. While there are any, a read that could depend
-        #: on them is EIO (`may_trust`), and the volume is offline by fault 3.
-        self.damaged_sectors: tuple[int, ...] = ()
+        #: There was no memory for its index: no copy can be read, only the superblock is known.
+        self.is_unread = False
         #: Slots described by damaged sectors: perhaps in use, never to be given out.
         self.unknown_slots: tuple[int, ...] = ()
         #: Where blocks of zeros of the current epoch are described: span (block // 64) → (slot,
@@ -181,7 +180,7 @@ class DiffArea(AreaStore):
         With a descriptor sector lost, or in an old copy of the area, a copy in the point's own
         epoch is still the right one; anything else could be overruled by one we cannot see.
         """
-        return epoch == point or not (self.damaged_sectors or self.is_old)
+        return epoch == point or not (self.damaged_sectors or self.is_old or self.is_unread)
 
     def read_copies(self, wanted: Sequence[Copy]) -> list[Bytes | None]:
         """The blocks of (block, epoch, slot) each, checked; None where the check fails (R1).
@@ -318,48 +317,20 @@ class DiffArea(AreaStore):
         image = self.known_sector(sector)
         return image.get(place) if image else None
 
-    # -- mending ----------------------------------------------------------------------------------
-
-    def rewrite_copy(self, slot: int, block: Bytes) -> None:
-        """Write the content that a slot's descriptor names once more, durably. FaultError 7, 14."""
-        self.check_present()
-        self._refuse_if_old()
-        try:
-            self.backing.write(self.layout.slot_offset(slot), block)
-            self._sync()
-        except OSError as error:
-            raise FaultError(
-                FaultCode.COW_WRITE_FAILURE,
-                f"the copy could not be written again: {error}",
-                errno=error.errno or errno.EIO,
-            ) from error
-
-    def regain_space(self) -> None:
-        """Reserve what a truncated file has lost, up to `allocated`. FaultError 10, 14."""
-        self.check_present()
-        self._refuse_if_old()
-        size = self.backing.size()
-        try:
-            self.backing.allocate(size, max(0, self.allocated - size))
-            self._sync()
-        except OSError as error:
-            raise FaultError(
-                FaultCode.GROW_FAILED,
-                f"the lost space could not be reserved again: {error}",
-                errno=error.errno or errno.EIO,
-            ) from error
-
     # -- growing and shrinking ------------------------------------------------------------------
 
     def prepare_growth(self, slots: int) -> None:
         """Reserve space for `slots` slots in all and write the new groups' empty tables.
 
         Touches nothing that is in use and may run beside barriers. `commit_growth` makes it
-        count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space).
+        count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space), 3 or 15
+        (`require_sound`).
         """
+        self.require_sound()
         size, failed_syncs = self.layout.size_of(slots), self._failed_syncs
         try:
-            self.backing.allocate(self.allocated, size - self.allocated)
+            if size > self.allocated:  # Else a growth was committed that then lacked memory.
+                self.backing.allocate(self.allocated, size - self.allocated)
             old_groups = self.layout.groups_of(len(self.slots))
             self._write_tables(old_groups, self.layout.groups_of(slots))
             self._sync()
@@ -382,7 +353,8 @@ class DiffArea(AreaStore):
         """
         if not self.backing.is_device and not self.in_doubt:
             try:
-                self.backing.truncate(self.allocated)
+                if self.backing.size() > self.allocated:  # A file that was cut is never extended.
+                    self.backing.truncate(self.allocated)
             except OSError:
                 return
 
@@ -422,14 +394,17 @@ class DiffArea(AreaStore):
         self.barrier(dict.fromkeys(slots))
 
     def cut(self, slots: int, maximum: int) -> None:
-        """Shrink to `slots` slots and to a new maximum; then the caller resizes `slots`.
+        """Shrink to `slots` slots and to a new maximum.
 
         None of the slots cut off is in use, or given out meanwhile.
         """
-        self.commit(allocated=self.layout.size_of(slots), maximum=maximum)
         # Sectors of groups that are gone must not be written from memory again.
         last = self.layout.groups_of(slots) * SECTORS_PER_GROUP
-        self._sectors = {s: image for s, image in self._sectors.items() if s < last}
+        kept = {s: image for s, image in self._sectors.items() if s < last}
+        self.commit(allocated=self.layout.size_of(slots), maximum=maximum)
+        # Nothing that could fail comes between: no slot beyond the end may be given out again.
+        self.slots.resize(slots)
+        self._sectors = kept
         self.trim()
 
 

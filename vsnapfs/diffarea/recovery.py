@@ -21,8 +21,8 @@ import errno
 import heapq
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ import xxhash
 
 from ..backing import Backing
 from ..errors import FaultCode, FaultError, FormatError, VsnapError
+from ..threads import started
 from .area import DiffArea
 from .descriptors import (
     BLOCK_MASK,
@@ -72,7 +73,8 @@ class Report:
     healed: what was brought back from its twin, in words; rot: each structure among it that was
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
-    recovery points may be wrong after a power failure (durability "process").
+    recovery points may be wrong after a power failure (durability "process"). replica_error: a
+    sync of the replica failed, which Linux tells once only.
     """
 
     unclean: bool = False
@@ -85,6 +87,7 @@ class Report:
     differing: int = 0
     suspect: int = 0
     problems: list[str] = field(default_factory=list)
+    replica_error: OSError | None = None
 
 
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
@@ -149,8 +152,9 @@ def open_area(
     known: a generation that has been written; below it the area is an old copy (`is_old`), to which
     nothing is written. FormatError: not a diff area, of another volume, another version, rotted
     superblocks. VsnapError "other-replica": `replica` is not the one it belongs to.
-    FaultError 2: an I/O error while reading. Damaged descriptors do not raise: they are in
-    `DiffArea.damaged_sectors` and in the report's `problems`.
+    FaultError 2: an I/O error while reading. Without memory for the index only the superblock
+    counts (`DiffArea.is_unread`); MemoryError: not even for that. Damaged descriptors do not raise:
+    they are in `DiffArea.damaged_sectors` and in the report's `problems`.
     """
     try:
         found, notes, rot = read_superblocks(backing)
@@ -174,8 +178,12 @@ def open_area(
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
         scan.area.know_generations(copy.generation for copy in found)
-        return scan.run()
+        with suppress(MemoryError):
+            return scan.run()
+        return scan.give_up()
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise FaultError(
             FaultCode.IO_FAILURE_DURING_ONLINE,
             f"the diff area could not be read: {error}",
@@ -204,6 +212,7 @@ class _Scan:
         self.report = Report(unclean=not superblock.clean, healed=notes)
         self.heal: dict[int, SectorImage] = {}
         self.damaged: list[int] = []
+        self._replica_synced = False
         #: The sectors of the newest barrier seen so far that mark something as fresh.
         self.newest: dict[int, SectorImage] = {}
 
@@ -245,6 +254,14 @@ class _Scan:
             area.heal(self.heal)
         return area, report
 
+    def give_up(self) -> tuple[DiffArea, Report]:
+        """There is no memory for it: an area of which nothing but the superblock is known."""
+        area = DiffArea(self.backing, self.superblock, 0)
+        area.is_unread = area.is_incomplete = True
+        area.is_old = self.area.is_old
+        area.know_generations(self.area.known_generations)
+        return area, Report(unclean=not self.superblock.clean)
+
     # -- reading the tables -----------------------------------------------------------------------
 
     def _scan_tables(self) -> Run:
@@ -283,20 +300,15 @@ class _Scan:
         """
         groups = range(self.area.layout.groups_of(self.present))
         parts = [groups[at : at + _GROUPS_AT_ONCE] for at in groups[::_GROUPS_AT_ONCE]]
-        if len(parts) <= 1:
+        pool = started(_READERS, "vsnapfs-scan") if len(parts) > 1 else None
+        if pool is None:
             for part in parts:
                 yield from self._read_groups(part)
             return
-        pool = ThreadPoolExecutor(_READERS)
         try:
             ahead: deque[Future[_Tables]] = deque()
             for part in parts:
-                try:
-                    ahead.append(pool.submit(self._read_groups, part))
-                except RuntimeError:  # There is no memory for a thread: slowly, then.
-                    done: Future[_Tables] = Future()
-                    done.set_result(self._read_groups(part))
-                    ahead.append(done)
+                ahead.append(pool.submit(self._read_groups, part))
                 if len(ahead) > _READERS:
                     yield from ahead.popleft().result()
             for future in ahead:
@@ -378,9 +390,11 @@ class _Scan:
         dropped: list[int] = []
         for slot, (wanted, block, epoch, _) in failing:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
-            # through to the replica, whatever that holds.
-            last = others.newest(block) == epoch
-            if others.count(block, epoch) > 1 or (last and self._hash_of_replica(block) == wanted):
+            # through to the replica, whatever that holds. One may lie where nothing can be read.
+            last = others.newest(block) == epoch and not self.damaged and not self.is_cut
+            if others.count(block, epoch) > 1 or (
+                last and self._hash_of_replica(block) == wanted and self._sync_replica()
+            ):
                 dropped.append(run.position(block, epoch, slot))
                 others.remove(block, epoch)
                 self.report.dropped += 1
@@ -429,6 +443,18 @@ class _Scan:
         except OSError:
             return None
         return xxhash.xxh3_64_intdigest(data.ljust(size, b"\0"))
+
+    def _sync_replica(self) -> bool:
+        """Whether what the replica holds is durable. A copy that rotted after its block was
+        overwritten may have been needed, and what was written since may be the same by chance.
+        """
+        if not self._replica_synced and self.report.replica_error is None:
+            try:
+                self.replica.sync()
+                self._replica_synced = True
+            except OSError as error:
+                self.report.replica_error = error
+        return self._replica_synced
 
     def _clear(self, slot: int) -> None:
         sector, place = divmod(slot, SLOTS_PER_SECTOR)

@@ -97,7 +97,7 @@ class SlotMap:
     def resize(self, count: int) -> None:
         """The area has grown or shrunk to `count` slots. Slots cut off must be free."""
         if count < len(self._taken):
-            if any(self._taken[count:]):
+            if self._taken.find(1, count) >= 0:
                 raise AssertionError("a slot that is cut off is still taken")
             del self._taken[count:]
         elif not self._taken:

@@ -7,7 +7,9 @@ Owns every write to descriptors and superblocks and the order of those writes. P
 * a sync that failed is never taken back: what it should have covered counts as unwritten until
   `rollback` has rewritten it, because Linux reports lost pages once and then forgets them;
 * before each barrier and commit the path is compared with the open file (fault 14), before each
-  commit the generation on disk with ours (fault 15).
+  commit the generation on disk with ours (fault 15);
+* while something that the area held cannot be seen (`require_sound`), no copy is written and no
+  descriptor, by nobody: a block would be preserved a second time, from what overwrote it.
 
 Leaves to `area` what the slots hold and how many there are. Plain synchronous Python.
 """
@@ -15,13 +17,14 @@ Leaves to `area` what the slots hold and how many there are. Plain synchronous P
 from __future__ import annotations
 
 import errno
+import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from ..backing import Backing, Removed
-from ..errors import FaultCode, FaultError, FormatError
+from ..errors import FaultCode, FaultError, FormatError, unexpected
 from .descriptors import (
     Descriptor,
     SectorImage,
@@ -45,6 +48,26 @@ _CACHED_SECTORS = 256
 _EARLY = 1 << 20
 
 
+_P = ParamSpec("_P")
+
+
+def _faults_only(method: Callable[_P, None]) -> Callable[_P, None]:
+    """What nobody planned for (no memory) is a fault, too: the disk may hold half of what was
+    begun, and every caller knows what to do about a FaultError.
+    """
+
+    @functools.wraps(method)
+    def careful(*args: _P.args, **options: _P.kwargs) -> None:
+        try:
+            method(*args, **options)
+        except FaultError:
+            raise
+        except Exception as error:
+            raise unexpected(error, None) from error
+
+    return careful
+
+
 class AreaStore:
     """The durable half of a `DiffArea`."""
 
@@ -56,6 +79,11 @@ class AreaStore:
         #: An old copy of the area has been put in its place (fault 15 at open): blocks may have
         #: been overwritten since, copies that it knows nothing of may exist. Nothing is written.
         self.is_old = False
+        #: Sectors of which both copies are bad. While there are any, a read that could depend
+        #: on them is EIO (`DiffArea.may_trust`), and the volume is offline by fault 3.
+        self.damaged_sectors: tuple[int, ...] = ()
+        #: An opening ran out of memory: of what the area holds not all may be known (fault 4).
+        self.is_incomplete = False
         self.barrier_number = superblock.barrier
         self._generations = {superblock.generation}
         self._on_disk = b""  # what the last commit wrote: comparing is faster than decoding
@@ -86,12 +114,14 @@ class AreaStore:
 
     # -- the superblock -------------------------------------------------------------------------
 
+    @_faults_only
     def commit(self, **changes: Any) -> None:
         """Write the superblock with `changes`: both copies, one after the other, each synced.
 
         Unless `clean` is among the changes, it then says that the area is in use.
-        FaultError 13 (I/O), 14 (gone), 15 (somebody else wrote to it). On an error `superblock`
-        stays as it was, though the disk may already hold the new state in one copy.
+        FaultError 13 (I/O), 14 (gone), 15 (somebody else wrote to it), 4 or 11 (what nobody planned
+        for). On an error `superblock` stays as it was, though the disk may already hold the new
+        state in one copy: whatever happens, it is a FaultError, so that nobody goes on as before.
         """
         self.check_present()
         self._refuse_if_old()
@@ -147,6 +177,11 @@ class AreaStore:
         """Generations found on disk at open, in either copy: finding them again is no surprise."""
         self._generations.update(generations)
 
+    @property
+    def known_generations(self) -> frozenset[int]:
+        """The generations that are no surprise on the disk."""
+        return frozenset(self._generations)
+
     def check_present(self) -> None:
         """FaultError 14 if the path no longer leads to this area."""
         try:
@@ -161,6 +196,47 @@ class AreaStore:
         if self.is_old:
             raise FaultError(
                 FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "it is an old copy of the diff area"
+            )
+
+    def require_sound(self) -> None:
+        """FaultError 3, 4 or 15 unless all that was ever recorded here is known, with its space.
+
+        Otherwise a block may have a copy that we do not know of, and may have been overwritten:
+        what is there now would be recorded as its content in the same epoch.
+        """
+        self._refuse_if_old()
+        if self.damaged_sectors:
+            raise FaultError(
+                FaultCode.META_DATA_CORRUPTION,
+                "descriptors are lost: what has a copy already is not known",
+            )
+        if self.is_incomplete:
+            raise FaultError(
+                FaultCode.MEMORY_ALLOCATION_FAILURE,
+                "it was opened without enough memory: what has a copy already is not known",
+                errno=errno.ENOMEM,
+            )
+        self.require_whole()
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether `require_sound` would pass."""
+        try:
+            self.require_sound()
+        except (FaultError, OSError):
+            return False
+        return True
+
+    def require_whole(self) -> None:
+        """FaultError 3 if the file is shorter than allocated: what is written there would make
+        it look whole, with holes where copies were.
+        """
+        size = self.backing.size()
+        if size < self.superblock.allocated:
+            raise FaultError(
+                FaultCode.META_DATA_CORRUPTION,
+                f"the file has {size} bytes, {self.superblock.allocated} are allocated: "
+                "it has been cut short",
             )
 
     def _check_not_overtaken(self) -> list[int]:
@@ -217,7 +293,7 @@ class AreaStore:
                 raise OSError(errno.EIO, "an earlier sync of the diff area failed")
             try:
                 self.backing.sync()
-            except OSError:
+            except BaseException:
                 self._sync_failed = True
                 self._failed_syncs += 1
                 raise
@@ -227,8 +303,9 @@ class AreaStore:
     def write_copies(self, slots: Sequence[int], blocks: memoryview) -> None:
         """Write `len(slots)` blocks, lying one after the other in `blocks`, into their slots.
 
-        Durable only after the next `barrier`. FaultError 7.
+        Durable only after the next `barrier`. FaultError 7, 3 or 15 (`require_sound`).
         """
+        self.require_sound()
         size, layout = self.layout.block_size, self.layout
         start = 0
         while start < len(slots):
@@ -250,15 +327,17 @@ class AreaStore:
                 ) from error
             start = end
 
+    @_faults_only
     def barrier(self, changes: Mapping[int, Descriptor | None]) -> None:
         """Record what slots hold (None: nothing any more) and make all of it durable.
 
         changes: slot → descriptor; the blocks were written with `write_copies`. FaultError 7
-        (write or sync failed: nothing of it counts), 14, 3 (a sector cannot be read), 13 or 15
-        (an earlier commit failed, and this one too).
+        (write or sync failed: nothing of it counts), 14, 4 or 11 (as in `commit`), 3 (a sector
+        cannot be read, or as in `require_sound`), 13 or 15 (an earlier commit failed, and this one
+        too).
         """
         self.check_present()
-        self._refuse_if_old()
+        self.require_sound()
         if self._suspects:
             raise FaultError(FaultCode.COW_WRITE_FAILURE, "an earlier barrier has failed")
         if self.in_doubt:
@@ -285,16 +364,20 @@ class AreaStore:
             self._write_sectors(after)
             if not self.relaxed:
                 self._sync()
-        except OSError as error:
+            self._remember(after)
+        except BaseException as error:
+            # Whatever it was: what is on the disk is not what the caller will believe.
             self._suspects = before
+            if not isinstance(error, OSError):
+                raise
             raise FaultError(
                 FaultCode.COW_WRITE_FAILURE,
                 f"copies could not be made durable: {error}",
                 errno=error.errno or errno.EIO,
             ) from error
         self.barrier_number = number
-        self._remember(after)
 
+    @_faults_only
     def rollback(self) -> None:
         """After a failed barrier: put its sectors back as they were, durably. FaultError 7.
 
@@ -309,7 +392,7 @@ class AreaStore:
             for sector, image in images.items():
                 image.seal(self.area_id, number, sector, 0)
             try:
-                self._write_sectors(images)
+                self._write_sectors(images, end=self.backing.size())
                 self._sync()
             except OSError as error:
                 raise FaultError(
@@ -322,6 +405,8 @@ class AreaStore:
             self._remember(images)
 
     def _write_sectors(self, images: Mapping[int, SectorImage], end: int | None = None) -> None:
+        # A copy beyond `end`, that of a file that has been cut, is left out: writing it would make
+        # the file look whole again, with a hole where space was reserved.
         for copy in (0, 1):
             for sector in sorted(images):
                 offset = self.layout.sector_offsets(sector)[copy]
@@ -378,11 +463,7 @@ class AreaStore:
                 self.backing.write(offset, table)
 
     def heal(self, sectors: Mapping[int, SectorImage]) -> None:
-        """Write both copies of sectors exactly as they are (already sealed), durably.
-
-        A copy beyond the end of a file that has been cut is left out: writing it would make the
-        file look whole again, with a hole where space was reserved.
-        """
+        """Write both copies of sectors exactly as they are (already sealed), durably."""
         try:
             self._write_sectors(sectors, end=self.backing.size())
             self._sync()
@@ -392,66 +473,3 @@ class AreaStore:
                 f"descriptors could not be repaired: {error}",
                 errno=error.errno or errno.EIO,
             ) from error
-
-    # -- mending what rotted while it was open ----------------------------------------------------
-
-    def mend_superblock(self, offset: int) -> None:
-        """Write the copy at `offset` once more as the other one is, durably. FaultError 13, 14, 15.
-
-        Unlike a commit it changes nothing, so a closed volume stays one that was closed cleanly.
-        """
-        self.check_present()
-        self._refuse_if_old()
-        self._check_not_overtaken()
-        (other,) = set(SUPERBLOCK_OFFSETS) - {offset}
-        try:
-            data = self.backing.read(other, SUPERBLOCK_SIZE)
-            if decode(data) != self.superblock:
-                raise FaultError(FaultCode.IO_FAILURE, "the other copy is not the current one")
-            self.backing.write(offset, data)
-            self._sync()
-        except (FormatError, OSError) as error:
-            raise FaultError(
-                FaultCode.IO_FAILURE, f"the superblock copy could not be mended: {error}"
-            ) from error
-
-    def known_sector(self, sector: int) -> SectorImage | None:
-        """A sector as memory has it, else its newer valid copy, None if there is neither."""
-        try:
-            return self._sector(sector)
-        except FaultError:
-            return None
-
-    def has_rotted(self, sector: int) -> bool:
-        """Whether both copies can be read and are bad, so that neither will come back by itself."""
-        try:
-            for offset in self.layout.sector_offsets(sector):
-                data = self.backing.read(offset, SECTOR_SIZE)
-                if sector_is_valid(memoryview(data), self.area_id, sector):
-                    return False
-        except OSError:
-            return False
-        return True
-
-    def mend_sector(self, sector: int) -> None:
-        """Make both copies of a sector what is known in memory or the newer valid one, durably.
-
-        FaultError 2, 3 (both are bad and it is not in memory), 14, 15.
-        """
-        self.check_present()
-        self._refuse_if_old()
-        self.heal({sector: self._sector(sector)})
-
-    def rebuild_sector(self, sector: int, copies: Mapping[int, Descriptor]) -> None:
-        """Write a sector of which nothing is left from what slots are known to hold, durably.
-
-        FaultError 2, 14, 15.
-        """
-        self.check_present()
-        self._refuse_if_old()
-        image = SectorImage.empty()
-        for slot, descriptor in copies.items():
-            image.put(slot - sector * SLOTS_PER_SECTOR, descriptor)
-        image.seal(self.area_id, self.barrier_number, sector, 0)
-        self.heal({sector: image})
-        self._remember({sector: image})

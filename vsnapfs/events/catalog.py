@@ -17,7 +17,8 @@ The params a sentence knows, each optional:
     point, label                            the recovery point meant
     points, dropped                         recovery points, as a count or a list of numbers
     count                                   of points; in 64, 66 of blocks to write; in 1042 of
-                                            damaged copies
+                                            damaged copies; in 1047 of writes that wait
+    seconds                                 how long something took, or has taken so far
     kept                                    in 1042, like `dropped` there: of preserved blocks
     repeats                                 how often it happened again
     what, text                              what was being done or is affected; free words
@@ -70,7 +71,7 @@ _LEVELS: dict[Source, dict[Level, tuple[int, ...]]] = {
     },
     Source.VSNAPFS: {
         Level.ERROR: (1040, 1043, 1044, 1045, 1050, 1060, 1090),
-        Level.WARNING: (1022, 1041, 1042, 1048, 1049, 1051, 1052, 1053, 1054, 1055, 1091),
+        Level.WARNING: (1022, 1041, 1042, 1047, 1048, 1049, 1051, 1052, 1053, 1054, 1055, 1091),
         Level.INFORMATION: (1000, 1001, 1002, 1010, 1011, 1020, 1021, 1023, 1030),
     },
 }

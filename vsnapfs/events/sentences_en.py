@@ -20,6 +20,7 @@ COUNTED = {
     "blocks_left": ("1 block was still to be preserved", "{n} blocks were still to be preserved"),
     "blocks": ("1 block", "{n} blocks"),
     "copies": ("1 copy is damaged", "{n} copies are damaged"),
+    "writes_waited": ("1 write waited for it", "{n} writes waited for it"),
     "more_times": ("once more", "{n} more times"),
     "more_flushes": ("1 more flush failed", "{n} more flushes failed"),
 }
@@ -282,6 +283,12 @@ SENTENCES: dict[tuple[str, int], str] = {
     ("vsnapfs", 1045): (
         'The power failed while {the_volume} was used with durability "process"[. All {count}'
         " recovery points|. All recovery points] of that time may be wrong."
+    ),
+    ("vsnapfs", 1047): (
+        "{The_area} of {the_volume} is slow to grow[: from {old} to {new} took {seconds} s|"
+        "[: {seconds} s have passed and it has not ended]][; {writes_waited}]. Writes that need the"
+        " room wait for it, with policy offline for grow-timeout at most (volume.toml). Look for"
+        " what keeps the disk that holds it busy."
     ),
     ("vsnapfs", 1048): (
         "An operation on {the_volume}[, {what},] has ended whose client had left after it had"

@@ -22,6 +22,7 @@ COUNTED = {
     ),
     "blocks": ("{n} ブロック", "{n} ブロック"),
     "copies": ("{n} 個の写しが破損", "{n} 個の写しが破損"),
+    "writes_waited": ("{n} 件の書き込みが待たされました", "{n} 件の書き込みが待たされました"),
     "more_times": ("さらに {n} 回", "さらに {n} 回"),
     "more_flushes": (
         "フラッシュがさらに {n} 回失敗しました",
@@ -307,6 +308,13 @@ SENTENCES: dict[tuple[str, int], str] = {
     ("vsnapfs", 1045): (
         '耐久性 "process" で使用中の{the_volume}で電源断が発生しました。その時点の回復ポイント'
         "[ {count} 個]は正しくないおそれがあります。"
+    ),
+    ("vsnapfs", 1047): (
+        "{the_volume}の{the_area}の拡張に時間がかかっています。[{old} から {new} への拡張に"
+        " {seconds} 秒かかりました。|[{seconds} 秒たちましたが、まだ終わっていません。]]"
+        "[{writes_waited}。]領域を必要とする書き込みは拡張が終わるまで待ちます (ポリシー offline"
+        " では最長で volume.toml の grow-timeout の秒数)。差分領域のあるディスクの負荷を確認して"
+        "ください。"
     ),
     ("vsnapfs", 1048): (
         "{the_volume}に対する操作[ {what} ]が終了しました。開始後に要求元が切断していたため、結果は"

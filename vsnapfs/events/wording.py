@@ -47,6 +47,7 @@ _COUNTS_FROM = {
     "blocks_left": "needed",
     "blocks": "count",
     "copies": "count",
+    "writes_waited": "count",
     "more_times": "repeats",
     "more_flushes": "repeats",
 }

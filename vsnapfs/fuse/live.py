@@ -77,7 +77,7 @@ class EventsFile:
             if len(earlier) > KEPT_EVENTS:
                 left_out = len(earlier) - KEPT_EVENTS
                 line = f"# {left_out} earlier events: vsnapfs events {shown(volume.directory)}\n"
-                self._text += line.encode("utf-8", "surrogateescape")
+                self._text += line.encode("utf-8", "backslashreplace")
             self._pending.extend(earlier[-KEPT_EVENTS:])
         except VsnapError as error:  # a log that cannot be read must not keep a volume down
             _logger.warning("events.log shows no earlier events: %s", error)
@@ -89,8 +89,7 @@ class EventsFile:
             return
         while self._pending:
             line = render_text(self._pending.popleft(), self._lang)
-            # A name in the log may hold bytes that are no UTF-8.
-            self._text += line.rstrip("\n").encode("utf-8", "surrogateescape") + b"\n"
+            self._text += line.rstrip("\n").encode("utf-8", "backslashreplace") + b"\n"
         self.changed_ns = time.time_ns()
 
     def size(self) -> int:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _FOR_EVER = 86400.0
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
+# fcntl(2) cannot set or clear these later. RWF_SYNC and RWF_DSYNC, which a single pwritev2(2) can
+# ask for, reach libfuse with the write; pyfuse3 does not hand them on.
+_SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
 class _Handle(Protocol):
@@ -122,7 +125,8 @@ class VolumeOperations(pyfuse3.Operations):
         if inode == tree.REPLICA:
             if flags & os.O_TRUNC:
                 raise FUSEError(errno.EPERM)  # a volume keeps its size
-            fh = self._add(self._volume.open_replica(), image=True)
+            handle = self._volume.open_replica(synchronous=bool(flags & _SYNC_FLAGS))
+            fh = self._add(handle, image=True)
             return FileInfo(fh=fh, direct_io=True, keep_cache=False)
         if flags & _WRITE_FLAGS:
             raise FUSEError(errno.EROFS)

@@ -16,7 +16,8 @@ Promises:
     none, another boot  -                                          nothing was promised
     our replica         the ring                                   carried out
     our replica         gone from that tmpfs, or rotted            lost: 1043
-    our replica         another user's, locked, no memory, …       closed
+    our replica         another user's, locked, no descriptor, …   closed
+    our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
     the same inode,     -                                          closed
     another device
@@ -46,7 +47,7 @@ def adopt(
     out; None if there is nothing to carry out.
 
     give_up: the administrator gives up what a ring holds that keeps the volume closed (event 1054).
-    VsnapError (code `CLOSED`) if the volume must not be opened.
+    VsnapError (code `CLOSED`) if the volume must not be opened. MemoryError.
     """
     if name == NO_RING or boot != store.boot:
         # In another life of the machine nothing but what was flushed was promised.
@@ -66,18 +67,13 @@ def adopt(
     except Unusable as error:
         event, reason, hint = 0, error.reason, error.hint
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error  # Any opening without memory is the same: fault 4.
         event, reason, hint = 0, error.strerror or str(error), ""
-    except MemoryError:
-        event, reason, hint = 0, "there is no memory to map it", "Free some memory."
     if event or give_up:
         core.log.log("vsnapfs", event or 1054, volume=core.name, what=ring_id, reason=reason)
         return None
-    raise closed(core, reason, hint)
-
-
-def closed(core: Core, reason: str, hint: str = "") -> VsnapError:
-    """Why a volume is not opened over a write buffer that cannot be used now."""
-    return VsnapError(
+    raise VsnapError(
         f"volume {core.name} stays closed: acknowledged writes lie in a write buffer that cannot "
         f"be used now: {reason}",
         hint=f"{hint} Its recovery points can be listed and exported meanwhile. If the write "

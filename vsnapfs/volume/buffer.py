@@ -26,6 +26,7 @@ import itertools
 import os
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,8 @@ import trio
 from ..backing import Bytes
 from ..config import DEFAULT_WRITE_BUFFER
 from ..diffarea.superblock import NO_RING, RingName
-from ..errors import FaultCode, FaultError
-from .adoption import adopt, closed
-from .copying import unexpected
+from ..errors import FaultCode, FaultError, unexpected
+from .adoption import adopt
 from .core import Core, in_thread
 from .protection import Protection
 from .ring import Record, Ring
@@ -84,7 +84,8 @@ class WriteBuffer:
         self.stuck: Exception | None = None
         self._to_preserve: deque[Record] = deque()
         self._to_overwrite: deque[Record] = deque()
-        self._acknowledged = 0
+        #: How many writes have been acknowledged, and carried out.
+        self.acknowledged = 0
         self._released = 0
         self._running = False
         self._arrived = trio.Event()
@@ -164,13 +165,21 @@ class WriteBuffer:
         """After opening: take over what another process has acknowledged and not carried out.
 
         An Error event says so if that is lost though the machine has been up all the time.
-        give_up: what cannot be used now is given up. VsnapError if the volume must stay closed.
+        give_up: what cannot be used now is given up. VsnapError if the volume must stay closed;
+        MemoryError: it has taken over nothing.
         """
-        area = self._core.area
-        # An old copy of the area names a ring of its time, and may not be carried out on anyway.
-        if area is not None and not area.is_old:
-            await self._adopt(area.superblock.ring, area.superblock.boot, give_up=give_up)
+        area, store = self._core.area, self._store
         self._given_up = give_up
+        # An old copy of the area names a ring of its time, and may not be carried out on anyway.
+        if area is None or store is None or area.is_old:
+            return
+        name, boot = area.superblock.ring, area.superblock.boot
+        if area.is_unread and boot == store.boot:
+            return  # It stays, for an opening that has the memory.
+        await self._adopt(name, boot, give_up=give_up)
+        if self.ring is None and name != NO_RING:
+            # That is decided. A commit must not name it once more, in this life of the machine.
+            area.superblock = replace(area.superblock, ring=NO_RING)
 
     async def rescue(self) -> None:
         """The diff area that named a ring of ours is given up: take over what the state file names.
@@ -192,11 +201,12 @@ class WriteBuffer:
         self.ring, self._retired = ring, ring.is_copy
         try:
             self._take_over(ring)
-        except MemoryError:
+        except BaseException:
             self._to_preserve.clear()
             self.pending.clear()
+            self.acknowledged = 0
             self.close()
-            raise closed(core, "there is no memory for it", "Free some memory.") from None
+            raise
 
     def _take_over(self, ring: Ring) -> None:
         for record in ring.records():
@@ -207,6 +217,13 @@ class WriteBuffer:
                 )
                 break
             self._enter(record)
+
+    def hold(self, error: FaultError) -> None:
+        """An opening has found what forbids copies: all of it stays in the ring, for `online`
+        (once the cause is mended) or for the next opening.
+        """
+        if self.ring is not None:
+            self.stuck = error
 
     async def finish(self) -> bool:
         """Before a clean close: carry everything out. True if nothing is left, nor can be."""
@@ -295,7 +312,7 @@ class WriteBuffer:
             for block in blocks[:entered]:
                 self._leave(block, -1)
             raise
-        self._acknowledged += 1
+        self.acknowledged += 1
 
     def _leave(self, block: int, which: int) -> None:
         """Forget the oldest (0) or newest (-1) record of a block."""
@@ -339,12 +356,14 @@ class WriteBuffer:
 
     # -- for whoever needs the replica as it was acknowledged -----------------------------------
 
-    async def drain(self) -> None:
+    async def drain(self, wanted: int | None = None) -> None:
         """Return when all that was acknowledged before the call is in the replica.
 
-        OSError if that cannot be: the volume is offline then.
+        wanted: what `acknowledged` was after a certain write, to wait for no later ones. OSError
+        if that cannot be: the volume is offline then.
         """
-        wanted = self._acknowledged
+        if wanted is None:
+            wanted = self.acknowledged
         while self._released < wanted:
             if self.stuck is not None:
                 text = f"acknowledged writes could not be carried out: {self.stuck}"
@@ -357,7 +376,7 @@ class WriteBuffer:
     async def try_again(self) -> None:
         """`online`, or an opening: carry out what is left, before anything else. OSError."""
         self.stuck = None
-        wanted = self._acknowledged
+        wanted = self.acknowledged
         with trio.CancelScope(shield=True):
             while self._released < wanted and self.stuck is None:
                 await self._step()
@@ -426,8 +445,8 @@ class WriteBuffer:
                         break
                 if not records or self.stuck is not None:
                     return
-                self._prefetch(len(records))
                 try:
+                    self._prefetch(len(records))
                     error = await self.writer.preserve_acknowledged(
                         dict.fromkeys(b for record in records for b in self._blocks(record)),
                         self.slots,
@@ -462,10 +481,9 @@ class WriteBuffer:
                 try:
                     with self._core.admin.waits_for("acknowledged writes to reach the replica"):
                         await in_thread(self._write, records)
+                    self._release(records)
                 except Exception as error:  # noqa: BLE001 - as above
                     await self._get_stuck(self._as_fault(error))
-                    return
-                self._release(records)
 
     def _write(self, records: list[Record]) -> None:
         core, ring = self._core, self.ring
@@ -492,9 +510,9 @@ class WriteBuffer:
             self.ring.release(records[-1])
         for record in records:
             self._to_overwrite.popleft()
+            self._released += 1
             for block in self._blocks(record):
                 self._leave(block, 0)
-        self._released += len(records)
         self._wake()
         self._look_if_there()
 

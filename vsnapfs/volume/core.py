@@ -17,7 +17,8 @@ thread under one of these locks.
 from __future__ import annotations
 
 import errno
-import threading
+import inspect
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -36,6 +37,11 @@ from .administration import Administration
 from .statefile import StateFile
 
 T = TypeVar("T")
+# trio 0.23 gave the option another name.
+_NAMES = inspect.signature(trio.to_thread.run_sync).parameters
+_LEAVE: dict[str, Any] = {
+    "abandon_on_cancel" if "abandon_on_cancel" in _NAMES else "cancellable": True
+}
 Progress = Callable[[str, int, int], None]
 
 
@@ -79,6 +85,23 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return result
 
 
+async def leave_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """The same, but a cancellation leaves the thread to itself. Only where it does no harm then."""
+    started = False
+
+    def work() -> T:
+        nonlocal started
+        started = True
+        return function(*args)
+
+    try:
+        return await trio.to_thread.run_sync(work, **_LEAVE)
+    except (RuntimeError, MemoryError):
+        if started:
+            raise
+        return work()
+
+
 class WriteGate:
     """Writes count themselves in and out; a holder closes the gate and waits until none is in."""
 
@@ -119,6 +142,57 @@ class WriteGate:
             self._open.set()
 
 
+class _Round:
+    """One sync that is going to begin, and those who wait for it. errno: why it failed."""
+
+    __slots__ = ("done", "errno")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.errno: int | None = None
+
+
+class SharedSync:
+    """One sync for all who ask for one before it begins.
+
+    A sync covers what was written before it began, and nothing else. So whoever asks while one is
+    under way waits for the next, with all others who do: many writers with O_DSYNC, or many
+    flushes, cost one sync at a time and not one each. There is never more than one under way: Linux
+    tells one caller only that pages were lost, so that a second sync running beside a failing one
+    would answer that all is well.
+    """
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._sync = sync
+        self._one_at_a_time = trio.Lock()
+        self._next: _Round | None = None
+
+    async def __call__(self) -> None:
+        """Return when a sync that began after this call has succeeded. OSError if it failed.
+
+        The error itself reaches the one who led, so that it is told once; the others get another
+        with its errno.
+        """
+        if self._next is not None:
+            joined = self._next
+            await joined.done.wait()
+            if joined.errno is not None:
+                raise OSError(joined.errno, os.strerror(joined.errno))
+            return
+        # Shielded: a request that is given up must not leave those who joined without a leader.
+        with trio.CancelScope(shield=True):
+            led = self._next = _Round()
+            try:
+                async with self._one_at_a_time:
+                    self._next = None  # From here on it covers nobody else.
+                    await in_thread(self._sync)
+            except BaseException as error:
+                led.errno = getattr(error, "errno", None) or errno.EIO
+                raise
+            finally:
+                led.done.set()
+
+
 @dataclass(eq=False)
 class Core:
     """See the module's note. Sizes in bytes; `size` is the replica's."""
@@ -146,6 +220,9 @@ class Core:
     open_points: dict[int, int] = field(default_factory=dict)
     #: The diff area on disk has moved on without us (fault 15): what we know of it is stale.
     area_is_stale: bool = False
+    #: A growth is being prepared in a thread, or was when the volume had to be closed all the same:
+    #: then the file stays open, so that the thread never meets another one under its number.
+    area_is_busy: bool = False
     #: A sync of the replica failed: it must be opened anew before it can be trusted.
     replica_failed: bool = False
     replica_error: OSError | None = None
@@ -155,15 +232,21 @@ class Core:
     dry_run: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
-    _replica_syncing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        #: The one way to sync the replica.
+        self.flush_replica = SharedSync(lambda: self.sync_replica())  # noqa: PLW0108 - tests patch it
         self.gate.waits_for = self.admin.waits_for
 
     @property
     def points(self) -> tuple[RecoveryPoint, ...]:
         """The live recovery points, oldest first."""
         return self.area.superblock.points if self.area else ()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the volume has been opened and its background tasks run."""
+        return self.nursery is not None
 
     @property
     def block_count(self) -> int:
@@ -180,19 +263,38 @@ class Core:
             )
         return self.area
 
+    def need_index(self) -> DiffArea:
+        """`need_area`, and VsnapError if there was no memory to read it."""
+        area = self.need_area()
+        if area.is_unread:
+            raise self.out_of_memory("its diff area could not be read")
+        return area
+
+    def out_of_memory(self, what: str) -> VsnapError:
+        """The error of an operation that an opening without enough memory has made impossible."""
+        return VsnapError(
+            f"volume {self.name} was opened without enough memory: {what}",
+            hint="Free some memory, or raise the limit this process runs under; then unmount the "
+            "volume, if it is mounted, and try again.",
+            errno=errno.ENOMEM,
+            exit_code=3,
+            code="no-memory",
+        )
+
     def sync_replica(self) -> None:
         """Make the replica durable; in a worker thread. OSError, then for every later call, too.
 
-        One sync at a time: Linux tells one caller only that pages were lost, so that a second
-        sync running beside a failing one would answer that all is well.
+        Only for `flush_replica`, which sees to it that there is one at a time.
         """
-        with self.admin.waits_for("a sync of the replica"), self._replica_syncing:
+        with self.admin.waits_for("a sync of the replica"):
             if self.replica_failed:
                 raise OSError(errno.EIO, "an earlier sync of the replica failed")
             try:
                 self.replica.sync()
-            except OSError as error:
-                self.replica_failed, self.replica_error = True, error
+            except BaseException as error:
+                self.replica_failed = True
+                if isinstance(error, OSError):
+                    self.replica_error = error
                 raise
 
     async def commit(self, **changes: Any) -> None:

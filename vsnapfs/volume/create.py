@@ -21,6 +21,7 @@ from ..backing import FileBacking, device_size, file_system_type, sync_directory
 from ..config import (
     CONFIG_NAME,
     DEFAULT_DIFF_AREA,
+    DEFAULT_GROW_TIMEOUT,
     DEFAULT_REPLICA,
     Durability,
     OnFull,
@@ -63,6 +64,7 @@ def create_volume(
     from_image: Path | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
     on_full: OnFull = "offline",
+    grow_timeout: float = DEFAULT_GROW_TIMEOUT,
     durability: Durability = "power",
     zero_blocks: ZeroBlocks = "flag",
     force: bool = False,
@@ -71,7 +73,8 @@ def create_volume(
     """Create the volume `directory`. Sizes in bytes. Returns warnings about the host.
 
     An existing replica is adopted unchanged, unless `from_image` is copied over it (`force`).
-    force: also overwrite an existing diff area, or a device that bears a signature.
+    grow_timeout: in seconds. force: also overwrite an existing diff area, or a device that bears a
+    signature.
     UsageError and VsnapError leave everything as it was.
     """
     if not is_block_size(block_size):
@@ -86,6 +89,7 @@ def create_volume(
         replica=_configured(plan.directory, plan.replica),
         diff_area=_configured(plan.directory, plan.diff_area),
         on_full=on_full,
+        grow_timeout=grow_timeout,
         durability=durability,
         zero_blocks=zero_blocks,
     )
@@ -235,6 +239,7 @@ def _signature(path: Path) -> str:
             [blkid, "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", str(path)],
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if found.stdout.strip():

@@ -55,7 +55,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
     epoch = max(protection.saved.epoch, old.superblock.epoch if old else 0)
     try:
         # A growth that was too slow (fault 9) ends first: it would write into the new area.
-        async with core.grow_lock:
+        async with volume.room.standing_still():
             core.admin.begin()
             backing = await in_thread(_find_place, volume, old)
             try:
@@ -84,6 +84,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             exit_code=3,
             code="still-faulted",
         ) from error
+    volume.policy.reset()
     volume.room.reset()
     core.log.log(
         "vsnapfs",

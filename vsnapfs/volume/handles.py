@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..backing import Bytes
-from .core import in_thread
 
 if TYPE_CHECKING:
     from .volume import Volume
@@ -55,28 +53,37 @@ class ReplicaHandle:
         await self._volume.writer.write(self._session, offset, data)
 
     async def flush(self) -> None:
-        """Return when everything acknowledged before survives power loss (W4)."""
+        """Return when everything acknowledged before survives power loss (W4). ENODEV, EIO."""
+        await self._make_durable(None)
+
+    async def _make_durable(self, wanted: int | None) -> None:
+        """Flush. wanted: how far the write buffer must be drained, None for all of it."""
         volume = self._volume
-        protection = volume.protection
-        if self._session != protection.session or not protection.is_online:
-            refusal = await protection.refuse()
-            volume.log_flush_failure(refusal)
-            raise refusal
-        # What cannot be carried out has taken the volume offline, which is refused below.
-        with suppress(OSError):
-            await volume.buffer.drain()
-        if self._session != protection.session or not protection.is_online:
-            refusal = await protection.refuse()
-            volume.log_flush_failure(refusal)
-            raise refusal
+        await self._refuse_flush_if_dead()
+        failure: OSError | None = None
         try:
-            await in_thread(volume.core.sync_replica)
+            await volume.buffer.drain(wanted)
         except OSError as error:
-            await protection.replica_sync_failed(error)
+            # What cannot be carried out has taken the volume offline, which is refused here.
+            failure = error
+        await self._refuse_flush_if_dead()
+        try:
+            if failure is not None:
+                raise failure
+            await volume.core.flush_replica()
+        except OSError as error:
+            if error is not volume.core.replica_error:
+                # Another has told it, and perhaps the replica has been opened anew since.
+                await self._refuse_flush_if_dead()
+            await volume.protection.replica_sync_failed(error)
             volume.log_flush_failure(error)
             raise
-        if self._session != protection.session or not protection.is_online:
-            refusal = await protection.refuse()
+        await self._refuse_flush_if_dead()
+
+    async def _refuse_flush_if_dead(self) -> None:
+        volume = self._volume
+        if self._session != volume.protection.session or not volume.protection.is_online:
+            refusal = await volume.protection.refuse()
             volume.log_flush_failure(refusal)
             raise refusal
 
@@ -85,6 +92,31 @@ class ReplicaHandle:
         if not self._closed:
             self._closed = True
             self._volume.core.open_replicas -= 1
+
+
+class SynchronousHandle(ReplicaHandle):
+    """A replica opened with O_SYNC or O_DSYNC: no write is answered before it is durable (W4).
+
+    The kernel leaves that to us: it sends no flush of its own for a file with direct I/O.
+    """
+
+    __slots__ = ()
+
+    async def write(self, offset: int, data: Bytes) -> None:
+        """As `ReplicaHandle.write`, then as `flush`, for this write.
+
+        If the flush fails the write is there all the same, as on any disk; the volume is offline.
+        ENODEV or EIO then, never the ENOSPC that says of a write that nothing was written.
+        """
+        if offset + len(data) > self.size:
+            raise _error(errno.EFBIG)
+        wanted = await self._volume.writer.write(self._session, offset, data)
+        if not data:
+            return
+        try:
+            await self._make_durable(wanted)
+        except OSError as error:
+            raise _error(errno.ENODEV if error.errno == errno.ENODEV else errno.EIO) from error
 
 
 class PointHandle:

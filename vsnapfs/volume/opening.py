@@ -212,6 +212,8 @@ def open_core(
         block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
         volume_id=volume_id,
     )
+    if report is not None and report.replica_error is not None:
+        core.replica_failed, core.replica_error = True, report.replica_error
     return Opened(core, saved, problem, report, warnings, state_problem, store)
 
 
@@ -236,27 +238,38 @@ def _open_area(
             raise
         raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
     except MemoryError as error:
-        raise FaultError(
-            FaultCode.MEMORY_ALLOCATION_FAILURE, "no memory for the index", errno=errno.ENOMEM
-        ) from error
+        raise no_memory() from error
     given_up = saved.given_up
-    if any(point.number <= given_up for point in area.superblock.points):
+    behind = given_up > area.superblock.epoch
+    if behind or any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
         kept = tuple(point for point in area.superblock.points if point.number > given_up)
         # Perhaps an area that was thought lost: numbers given out since must not come again.
-        epoch = max(area.superblock.epoch, saved.epoch)
+        epoch = max(area.superblock.epoch, saved.epoch, given_up)
         area.superblock = replace(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )
         numbers = [point.number for point in kept]
-        area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
-        area.index.compact(numbers)
+        if not area.is_unread:
+            area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)
+            area.index.compact(numbers)
         report.unclean = True
     return area, report
 
 
+def no_memory() -> FaultError:
+    """The fault of an opening that ran out of memory."""
+    return FaultError(
+        FaultCode.MEMORY_ALLOCATION_FAILURE,
+        "there was not enough memory to read the diff area",
+        errno=errno.ENOMEM,
+    )
+
+
 def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
     superblock = area.superblock
+    if area.is_unread:
+        return no_memory()
     if area.is_old:
         return FaultError(
             FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
@@ -270,6 +283,12 @@ def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> Fau
             FaultCode.META_DATA_CORRUPTION,
             f"{len(area.damaged_sectors)} descriptor sectors are bad in both copies "
             f"(the first is number {area.damaged_sectors[0]})",
+        )
+    if report is not None and report.replica_error is not None:
+        return FaultError(
+            FaultCode.IO_FAILURE,
+            f"the replica could not be synced: {report.replica_error.strerror}",
+            errno=report.replica_error.errno or errno.EIO,
         )
     return None
 
@@ -306,7 +325,7 @@ def check_replica(core: Core, accept_changed: bool) -> str | None:
 def close_files(core: Core) -> None:
     """Close all backings, whatever happens."""
     backings = [core.replica, core.state_file.backing]
-    if core.area is not None:
+    if core.area is not None and not core.area_is_busy:
         backings.append(core.area.backing)
     for backing in backings:
         with suppress(OSError):

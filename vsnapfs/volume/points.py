@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import errno
 import unicodedata
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
 import trio
 
+from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.layout import MAX_POINTS
 from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
 from ..errors import BusyError, FaultError, UsageError, VsnapError
 from .buffer import WriteBuffer
 from .core import Core, in_thread, now_ns
+from .policy import Policy
 from .protection import Protection
 from .room import Room
 
@@ -50,13 +53,21 @@ def _is_control(character: str) -> bool:
 class Points:
     """The recovery points of an open volume."""
 
-    def __init__(self, core: Core, protection: Protection, room: Room, buffer: WriteBuffer) -> None:
+    def __init__(
+        self,
+        core: Core,
+        protection: Protection,
+        policy: Policy,
+        room: Room,
+        buffer: WriteBuffer,
+    ) -> None:
         self._core = core
         self._protection = protection
+        self._policy = policy
         self._room = room
         self._buffer = buffer
-        room.remove_points = self.remove
-        room.forget_all_points = self.forget_all
+        policy.remove_points = self.remove
+        policy.forget_all_points = self.forget_all
         #: Points deleted while open: handles on them get ESTALE.
         self.gone: set[int] = set()
 
@@ -92,19 +103,20 @@ class Points:
             check_label(label)
         async with core.admin.turn("creating a recovery point"):
             protection.require_online("creating a recovery point")
-            area = core.need_area()
+            core.need_area()
             if label is not None and any(point.label == label for point in core.points):
                 raise UsageError(f"volume {core.name} already has a recovery point {label!r}")
-            if area.superblock.epoch >= MAX_POINT_NUMBER:
+            number = self._next_number()
+            if number > MAX_POINT_NUMBER:
                 raise VsnapError(f"volume {core.name} has used up all point numbers")
             await self._keep_below_limit()
             await self._sync_replica()
-            await protection.reserve_number(area.superblock.epoch + 1)
+            await protection.reserve_number(number)
             try:
                 async with core.gate.held(core.config.hold_timeout):
                     with trio.fail_after(core.config.hold_timeout):
                         await self.drained("creating a recovery point")
-                    point = await self._take(label or "")
+                    point = await self._take(number, label or "")
             except trio.TooSlowError:
                 core.log.log(
                     "volsnap", 8, volume=core.name, reason="writes in flight took too long"
@@ -118,11 +130,17 @@ class Points:
                 ) from None
         # An area from before this point, put back, must look old to the next opening (15). What
         # was saved before the commit cannot say that.
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             await in_thread(protection.save)
+        self._policy.reset()
         core.log.log("vsnapfs", 1010, volume=core.name, point=point.number, label=label)
         core.changed()
         return point
+
+    def _next_number(self) -> int:
+        """A number that no point had, nor one whose commit failed and which was then given up."""
+        epoch = self._core.need_area().superblock.epoch
+        return max(epoch, self._protection.saved.given_up) + 1
 
     async def _keep_below_limit(self) -> None:
         core = self._core
@@ -136,25 +154,24 @@ class Points:
                 code="too-many-points",
             )
         oldest = core.points[0]
-        await self._or_trip(self.remove([oldest.number]))
+        await self._committed(self.remove([oldest.number]), "no recovery point was taken")
         core.log.log(
             "volsnap", 58, volume=core.name, point=oldest.number, label=oldest.label or None
         )
 
-    async def _take(self, label: str) -> RecoveryPoint:
+    async def _take(self, number: int, label: str) -> RecoveryPoint:
         """With writes held and none in flight."""
         core = self._core
         self._protection.require_online("creating a recovery point")
         await self._sync_replica()
-        superblock = core.need_area().superblock
-        point = RecoveryPoint(superblock.epoch + 1, now_ns(), label)
+        point = RecoveryPoint(number, now_ns(), label)
 
         async def commit() -> None:
             async with core.area_lock:
                 core.admin.begin()
                 await core.commit(points=(*core.points, point), epoch=point.number)
 
-        await self._or_trip(commit())
+        await self._committed(commit(), "no recovery point was taken")
         # Still held: the first write of the new epoch must find nothing preserved.
         core.preserved.clear()
         return point
@@ -171,23 +188,33 @@ class Points:
     async def _sync_replica(self) -> None:
         await self.drained("creating a recovery point")
         try:
-            await in_thread(self._core.sync_replica)
+            await self._core.flush_replica()
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             self._protection.require_online("creating a recovery point")
 
-    async def _or_trip(self, work: object) -> None:
-        """Run a commit; its failure is a fault (13, 14, 15) like any other."""
+    async def _committed(self, work: Awaitable[object], refusal: str) -> None:
+        """Run a commit. VsnapError when it fails, after what the policy makes of that."""
+        core = self._core
         try:
-            await work  # type: ignore[misc]
+            await work
         except FaultError as error:
-            await self._protection.trip(error)
+            await self._policy.failed(error)
+            if not self._protection.is_online:
+                raise VsnapError(
+                    f"volume {core.name}: {error.message}",
+                    hint="'vsnapfs status' shows the fault.",
+                    errno=error.errno,
+                    exit_code=3,
+                    code="fault",
+                ) from error
             raise VsnapError(
-                f"volume {self._core.name}: {error.message}",
-                hint="'vsnapfs status' shows the fault.",
+                f"volume {core.name}: {refusal}: {error.message}",
+                hint="It goes on without recovery points. Mend the cause and try again. If the "
+                "diff area is lost: 'vsnapfs offline', then 'vsnapfs online "
+                "--give-up-recovery-points' starts an empty one.",
                 errno=error.errno,
-                exit_code=3,
-                code="fault",
+                code="diff-area-failed",
             ) from error
 
     async def delete(self, number: int, *, force: bool) -> None:
@@ -207,7 +234,9 @@ class Points:
                     f"recovery point {number} of volume {core.name} is open",
                     hint="Close what reads it, or use --force (its readers then get ESTALE).",
                 )
-            await self._or_trip(self.remove([number]))
+            await self._committed(
+                self.remove([number]), f"recovery point {number} could not be deleted"
+            )
         core.log.log("vsnapfs", 1011, volume=core.name, point=number, label=point.label or None)
         if unfinished:
             reason = (
@@ -230,38 +259,60 @@ class Points:
             core.admin.begin()
             await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
             self.gone.update(numbers)
-            live = [point.number for point in remaining]
-
-            def tidy() -> BlockSet:
-                area.index.compact(live)
-                preserved = BlockSet()
-                if live:
-                    preserved.update(area.index.blocks_since(live[-1]))
-                return preserved
-
-            core.preserved = await in_thread(tidy)
-            kept = area.index.live_slots(live)
-            area.zero_spans.clear()  # Some of their slots may be free now.
-            area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
+            area.zero_spans.clear()  # Some of their slots will be free.
+            with suppress(MemoryError):
+                # They are gone all the same, and what memory keeps of them does no harm: blocks are
+                # preserved that need not be. The next deletion or opening gives the space back.
+                await self._tidy(area, [point.number for point in remaining])
         core.changed()
         return True
 
-    async def forget_all(self) -> None:
+    async def _tidy(self, area: DiffArea, live: list[int]) -> None:
+        """Forget what only deleted points needed, free its slots. The caller holds `area_lock`."""
+
+        def work() -> BlockSet:
+            area.index.compact(live)
+            preserved = BlockSet()
+            if live:
+                preserved.update(area.index.blocks_since(live[-1]))
+            return preserved
+
+        if area.is_unread:
+            return
+        self._core.preserved = await in_thread(work)
+        kept = area.index.live_slots(live)
+        area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
+
+    async def forget_all(self) -> FaultError | None:
         """Give up every point even if the diff area cannot be written any more. FaultError 13.
 
         The state file records the loss first: a superblock that could not be changed must not
-        bring the points back, their blocks are going to be overwritten without a copy.
+        bring the points back, their blocks are going to be overwritten without a copy. Nor may one
+        copy of it that a failed commit has left behind. Returns why it could not be changed.
         """
-        core = self._core
-        numbers = [point.number for point in core.points]
+        core, protection = self._core, self._protection
         area = core.need_area()
+        failure: FaultError | None = None
         async with core.area_lock:
-            await self._protection.record_given_up(max(numbers))
+            numbers = [point.number for point in core.points]
+            number = max(area.superblock.epoch, protection.saved.epoch)
+            if number > protection.saved.given_up:
+                await protection.record_given_up(number)
             try:
-                await core.commit(points=(), restoring=0)
-            except FaultError:
-                # Nothing may be written there any more; without points nothing needs to be.
-                area.superblock = replace(area.superblock, points=(), restoring=0)
+                await core.commit(points=(), restoring=0, epoch=number)
+            except FaultError as error:
+                failure = error
+                if area.superblock.clean:
+                    # It goes on saying so. A number beyond its epoch tells the next opening that
+                    # the replica has been written to all the same.
+                    number = area.superblock.epoch + 1
+                    if number > protection.saved.given_up:
+                        await protection.record_given_up(number)
+                # Nothing may be written there any more; without points nothing needs to be, and
+                # the first write after a clean opening does not try again.
+                area.superblock = replace(
+                    area.superblock, points=(), restoring=0, epoch=number, clean=False
+                )
             self.gone.update(numbers)
             area.index.compact([])
             core.preserved = BlockSet()
@@ -269,3 +320,4 @@ class Points:
             area.zero_spans.clear()
             area.slots.keep_only(area.index.live_slots([]), also=also)
         core.changed()
+        return failure

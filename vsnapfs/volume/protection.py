@@ -77,14 +77,18 @@ class Protection:
         if not self.is_online:
             raise VsnapError(
                 f"volume {self._core.name} is offline: {what} is not possible",
-                hint="'vsnapfs status' says why; 'vsnapfs online' brings it back.",
+                hint=(f"Fault {int(self.fault.code)}: {self.fault.message}. " if self.fault else "")
+                + "'vsnapfs status' says why; 'vsnapfs online' brings it back.",
                 errno=errno.ENODEV,
                 exit_code=3 if self.fault else 1,
                 code="offline",
             )
-        if self.restoring:
+        area = self._core.area
+        # Also between two attempts: until it is done the replica is a mixture of two states.
+        if self.restoring or (area is not None and area.superblock.restoring):
             raise VsnapError(
                 f"volume {self._core.name} is being restored: {what} is not possible",
+                hint="" if self.restoring else "'vsnapfs online' goes on with the restore.",
                 errno=errno.EBUSY,
                 code="restoring",
             )
@@ -107,22 +111,26 @@ class Protection:
             self._core.area_is_stale = True
         if not self.is_online:
             return
-        area = self._core.area
-        self.fault = Fault(
-            code=error.code,
-            errno=error.errno,
-            message=error.message,
-            time=now_ns(),
-            block=error.block,
-            offset=offset,
-            length=length,
-            needed=needed,
-            used=area.used if area else None,
-            allocated=area.allocated if area else None,
-            maximum=area.maximum if area else self.saved.maximum or None,
-            diff_area=str(area.backing.path) if area else None,
-        )
+        # First of all: whatever fails below for lack of memory, it is offline.
         self._go_down()
+        area = self._core.area
+        try:
+            self.fault = Fault(
+                code=error.code,
+                errno=error.errno,
+                message=error.message,
+                time=now_ns(),
+                block=error.block,
+                offset=offset,
+                length=length,
+                needed=needed,
+                used=area.used if area and not area.is_unread else None,
+                allocated=area.allocated if area else None,
+                maximum=area.maximum if area else self.saved.maximum or None,
+                diff_area=str(area.backing.path) if area else None,
+            )
+        except MemoryError:  # Offline all the same, and whoever is refused is answered.
+            self.fault, self.trouble = None, error.message
 
     def _go_down(self) -> None:
         # All in one step of the trio thread: no write that looked before can look again and pass.
@@ -139,7 +147,10 @@ class Protection:
         self._persisting = True
         try:
             with trio.CancelScope(shield=True):
-                await in_thread(self._write_down, self._core.log, self.fault)
+                try:
+                    await in_thread(self._write_down, self._core.log, self.fault)
+                except MemoryError:
+                    self.trouble = "there was no memory to write the fault down"
                 if self._core.area is not None and not self._core.area_is_stale:
                     async with self._core.area_lock:
                         try:

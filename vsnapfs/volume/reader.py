@@ -180,6 +180,8 @@ class Reader:
     def _damaged(self, point: int, block: int, reason: str) -> OSError:
         """EIO, and the event once a block and point (a reader may ask many times)."""
         core = self._core
+        if core.need_area().is_unread:  # Nothing is damaged, there was no memory.
+            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         if (point, block) not in self._reported:
             if len(self._reported) < 10_000:
                 self._reported.add((point, block))

@@ -185,12 +185,14 @@ class Repair:
         structures = [problem for problem in problems if problem["what"] in _STRUCTURES]
         structures.sort(key=lambda problem: _STRUCTURES.index(problem["what"]))
         mended = False
-        async with self._core.grow_lock:  # A growth makes the file longer before it counts.
+        # A growth makes the file longer before it counts.
+        async with self._volume.room.standing_still():
             for problem in self._lengths(area) + [p for p in problems if p["what"] == "diff area"]:
                 mended |= await self._mend(area, problem)
         for problem in structures:
             mended |= await self._mend(area, problem)
-        leftovers = await self._leftovers(area)
+        # While descriptors are lost, nothing is described anew (`AreaStore.require_sound`).
+        leftovers = [] if area.damaged_sectors else await self._leftovers(area)
         for problem in problems:
             if problem["what"] == "preserved block":
                 mended |= await self._mend(area, problem)

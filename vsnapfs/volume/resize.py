@@ -43,8 +43,8 @@ class Resize:
         """
         core = self._core
         what = f"resizing the diff area to {format_size(total)}"
-        async with core.admin.turn(what), core.shape_lock, core.grow_lock:
-            area = core.need_area()
+        async with core.admin.turn(what), core.shape_lock, self._room.standing_still():
+            area = core.need_index()
             old = area.maximum
             check_maximum(area.layout, total)
             if area.backing.is_device and total > area.backing.size():
@@ -129,7 +129,6 @@ class Resize:
                     self._check_still_wanted(area)
                     self._room.begin_cut()
                     await in_thread(area.cut, target, total)
-                    area.slots.resize(target)
                     area.slots.limit = None
             if scope.cancelled_caught:
                 raise self._gave_up()
@@ -184,6 +183,10 @@ class Resize:
                     await in_thread(self._move, area, moves)
                 except FaultError:
                     area.slots.release(low)
+                    raise
+                except BaseException:
+                    # They hold copies now, which the index may know or not: never given out.
+                    area.unknown_slots += tuple(low)
                     raise
                 area.slots.release(high)
             progress("shrink", (start + len(high)) * core.block_size, len(todo) * core.block_size)

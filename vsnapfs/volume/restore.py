@@ -16,10 +16,11 @@ import numpy as np
 import trio
 
 from ..diffarea.area import DiffArea
-from ..errors import BusyError, FaultCode, FaultError, VsnapError
+from ..errors import BusyError, FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
 from .core import Core, Progress, in_thread
 from .points import Points
+from .policy import Policy
 from .protection import Protection
 from .room import Room
 from .writer import Writer
@@ -31,22 +32,36 @@ def no_progress(_phase: str, _done: int, _total: int) -> None:
     """A progress callback for callers that have none."""
 
 
-def as_fault(error: FaultError | OSError | VsnapError) -> FaultError:
+def as_fault(error: BaseException) -> FaultError:
     """What interrupts a restore takes the volume offline: fault 13 if it is none by itself."""
     if isinstance(error, FaultError):
         return error
-    text = f"a restore was interrupted: {error}"
-    return FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
+    number = errno.EIO
+    if isinstance(error, OSError | VsnapError):
+        number = error.errno or errno.EIO
+    elif isinstance(error, trio.TooSlowError):
+        number = errno.ETIMEDOUT
+    elif isinstance(error, Exception):
+        return unexpected(error, None)
+    text = f"a restore was interrupted: {str(error) or type(error).__name__}"
+    return FaultError(FaultCode.IO_FAILURE, text, errno=number)
 
 
 class Restore:
     """Restores an open volume in place."""
 
     def __init__(
-        self, core: Core, protection: Protection, room: Room, writer: Writer, points: Points
+        self,
+        core: Core,
+        protection: Protection,
+        policy: Policy,
+        room: Room,
+        writer: Writer,
+        points: Points,
     ) -> None:
         self._core = core
         self._protection = protection
+        self._policy = policy
         self._room = room
         self._writer = writer
         self._points = points
@@ -125,16 +140,31 @@ class Restore:
         try:
             async with core.area_lock:
                 await core.commit(restoring=number)
+        except FaultError as error:
+            await self._policy.failed(error, needed=len(new))
+            raise VsnapError(
+                f"volume {core.name}: point {number} was not restored: {error.message}",
+                hint="'vsnapfs status' shows what became of the volume. Nothing was written.",
+                errno=error.errno,
+                exit_code=1 if self._protection.is_online else 3,
+                code="fault",
+            ) from error
+        try:
             core.log.log("volsnap", 64, volume=core.name, point=number, count=len(todo))
             await self._write(number, todo, progress)
-        except (FaultError, OSError, VsnapError) as error:
-            # Whatever it was, the replica is a mixture now: nobody may have it before `online`
-            # has gone on with this.
+        except BaseException as error:
+            # Whatever it was, a cancellation included, the replica is a mixture now: nobody may
+            # have it before `online` has gone on with this.
             fault = as_fault(error)
-            await self._protection.trip(fault, needed=len(new))
+            with trio.CancelScope(shield=True):
+                await self._protection.trip(fault, needed=len(new))
+            if not isinstance(error, Exception):
+                raise
             raise VsnapError(
                 f"volume {core.name}: restoring point {number} was interrupted: {fault.message}",
-                hint="It goes on when the volume is online again ('vsnapfs online').",
+                hint="It goes on when the volume is online again ('vsnapfs online')."
+                if area.superblock.restoring
+                else "Nothing was changed. Bring the volume online ('vsnapfs online'), try again.",
                 errno=fault.errno,
                 exit_code=3,
                 code="fault",
@@ -197,7 +227,7 @@ class Restore:
             await in_thread(self._overwrite, area, number, blocks)
             progress("restore", (start + len(blocks)) * core.block_size, total)
         try:
-            await in_thread(core.sync_replica)
+            await core.flush_replica()
         except OSError as error:
             await self._protection.replica_sync_failed(error)
             raise VsnapError(

@@ -285,8 +285,6 @@ def _use(
         memory = _copy(fd, info) if is_copy else mmap.mmap(fd, info.st_size)
     except (ValueError, OverflowError) as error:
         raise FormatError(f"it cannot be mapped: {error}") from error
-    except MemoryError as error:
-        raise Unusable("there is no memory to map it", "Free some memory.") from error
     try:
         ring = Ring(memory, name, fd, is_copy=is_copy)
         if unfinished and ring.is_unused:

@@ -29,10 +29,11 @@ def status_of(volume: Volume) -> dict[str, Any]:
         "pid": os.getpid() if volume.mountpoint else None,
         "diff_area": {
             "path": str(path),
-            "used": area.used if area else None,
+            "used": area.used if area and not area.is_unread else None,
             "allocated": area.allocated if area else None,
             "maximum": area.maximum if area else saved.maximum or None,
-            "minimum": area.minimum_for_used if area else None,
+            "minimum": area.minimum_for_used if area and not area.is_unread else None,
+            "growth": volume.room.status(),
         }
         | volume.onlookers.status("diff area"),
         "replica": {"path": str(core.replica.path), "size": core.size}
@@ -47,7 +48,7 @@ def status_of(volume: Volume) -> dict[str, Any]:
         "write_buffer": volume.buffer.status(),
         "restoring": protection.restoring or bool(area and area.superblock.restoring),
         "operations": core.admin.to_json(),
-        "trouble": protection.trouble,
+        "trouble": protection.trouble or volume.policy.trouble,
         "would_fit": protection.would_fit() is None,
         "flush_failures": getattr(core.log, "flush_failures", 0),
         "warnings": list(volume.warnings),

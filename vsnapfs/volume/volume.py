@@ -29,11 +29,12 @@ from .account import Account, state_problem
 from .adoption import CLOSED
 from .buffer import WriteBuffer
 from .core import Progress, in_thread
-from .handles import PointHandle, ReplicaHandle
+from .handles import PointHandle, ReplicaHandle, SynchronousHandle
 from .onlookers import Onlookers
-from .opening import Opened, check_replica, close_files, open_files
+from .opening import Opened, check_replica, close_files, no_memory, open_files
 from .overlay import NoLog
 from .points import Points
+from .policy import Policy
 from .protection import Protection, log_fault
 from .reader import Reader
 from .resize import Resize
@@ -41,6 +42,9 @@ from .restore import Restore, as_fault, no_progress
 from .room import Room
 from .status import status_of
 from .writer import Writer
+
+#: How long closing waits for a growth of the diff area, at most.
+_LAST_GROWTH_SECONDS = 30.0
 
 
 class Volume:
@@ -56,17 +60,22 @@ class Volume:
         self.protection = Protection(core, opened.saved)
         self.onlookers = opened.onlookers or Onlookers(core)
         self.onlookers.protection = self.protection
-        self.room = Room(core)
+        self.policy = Policy(core, self.protection)
+        self.room = Room(core, self.policy)
         self.buffer = WriteBuffer(core, self.protection, opened.store, opened.buffer_size)
-        self.points_service = Points(core, self.protection, self.room, self.buffer)
-        self.writer = Writer(core, self.protection, self.room, self.buffer)
+        self.points_service = Points(core, self.protection, self.policy, self.room, self.buffer)
+        self.writer = Writer(core, self.protection, self.policy, self.room, self.buffer)
         self.reader = Reader(core, self.buffer)
-        self._restore = Restore(core, self.protection, self.room, self.writer, self.points_service)
+        self._restore = Restore(
+            core, self.protection, self.policy, self.room, self.writer, self.points_service
+        )
         self._resize = Resize(core, self.protection, self.room, self.buffer)
         self._stop = trio.Event()
         self._stopped = trio.Event()
         self._stopped.set()
         self._closed = False
+        #: It was opened without enough memory, and stays offline until it is opened anew.
+        self._lacks_memory = False
 
     @property
     def directory(self) -> Path:
@@ -194,9 +203,17 @@ class Volume:
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             self.warnings.append(changed)
-        await self.buffer.adopt(give_up=give_up_write_buffer)
-        await self._judge(opened)
-        await self._heal_state()
+        try:
+            await self.buffer.adopt(give_up=give_up_write_buffer)
+        except MemoryError:  # All of it stays as it is, for an opening that has the memory.
+            opened.fault = opened.fault or no_memory()
+        if opened.fault is not None:
+            self.buffer.hold(opened.fault)
+        try:
+            await self._judge(opened)
+            await self._heal_state()
+        except MemoryError:
+            await self._offline_at_open(no_memory())
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
@@ -274,7 +291,9 @@ class Volume:
     async def _heal_state(self) -> None:
         """Write a state file anew of which a copy was missing, bad or older than the other."""
         protection = self.protection
-        with suppress(OSError):
+        if self._lacks_memory:
+            return  # What is in memory is not what the file should say.
+        with suppress(OSError, MemoryError):
             wrong = await in_thread(protection.check_state)
             if not wrong:
                 return
@@ -286,6 +305,12 @@ class Volume:
         another one beside it does not replace it, but is told.
         """
         protection = self.protection
+        if error.code is FaultCode.MEMORY_ALLOCATION_FAILURE:
+            # Something of the opening could not be done, whatever it was: no copy may be made.
+            self._lacks_memory = True
+            self.buffer.hold(error)
+            if self.core.area is not None:
+                self.core.area.is_incomplete = True
         known = protection.fault
         missing = error.code is FaultCode.DIFF_AREA_MISSING
         if not protection.is_online and (known is not None or missing):
@@ -299,15 +324,22 @@ class Volume:
             return
         protection.is_online = True  # So that `mark` records the fault over a plain offline.
         protection.mark(error)
-        await in_thread(self._save_fault)
+        if self._lacks_memory and self.mountpoint is None:
+            # This command lacks it, not the volume: the next process need not find it offline.
+            protection.settled()
+            return
+        try:
+            await in_thread(self._save_fault)
+        finally:
+            protection.settled()
 
     def _save_fault(self) -> None:
         protection = self.protection
-        assert protection.fault is not None
-        log_fault(self.core.log, self.core.name, protection.fault)
-        with suppress(OSError):
+        if protection.fault is not None:
+            with suppress(MemoryError):
+                log_fault(self.core.log, self.core.name, protection.fault)
+        with suppress(OSError, MemoryError):
             protection.save(offline=True, fault=protection.fault)
-        protection.settled()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the background work (growth, an interrupted restore) until `close`."""
@@ -325,7 +357,7 @@ class Volume:
                 await self._stop.wait()
                 buffering.cancel()
                 looking.cancel()
-                # A growth under way is finished: the nursery waits for it.
+                # A growth under way has been finished or given up by now.
         finally:
             self.core.nursery = None
             self._stopped.set()
@@ -345,20 +377,18 @@ class Volume:
 
     async def _continue_restore(self) -> None:
         """Go on with an in-place restore that was interrupted. It is the caller's turn."""
-        area = self.core.area
-        if area is None or not self.protection.is_online or not area.superblock.restoring:
-            return
-        if self.core.dry_run:
+        if not self._is_half_restored or not self.protection.is_online or self.core.dry_run:
             return
         try:
             await self._restore.go_on()
             self.account.restore_is_finished()
-        except (FaultError, OSError, VsnapError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the replica is a mixture
             await self.protection.trip(as_fault(error))
-        except trio.TooSlowError:
-            await self.protection.trip(
-                as_fault(VsnapError("writes in flight took too long", errno=errno.ETIMEDOUT))
-            )
+
+    @property
+    def _is_half_restored(self) -> bool:
+        area = self.core.area
+        return area is not None and bool(area.superblock.restoring)
 
     async def close(self, before_unlocking: Callable[[], None] = lambda: None) -> None:
         """Close cleanly: wait for writes, flush, record the replica's identity, unlock."""
@@ -367,10 +397,13 @@ class Volume:
         self._closed = True
         core = self.core
         with trio.CancelScope(shield=True):
-            with suppress(trio.TooSlowError):
+            try:
                 async with core.gate.held(core.config.hold_timeout):
                     self.protection.session += 1
                     await self._leave()
+            except trio.TooSlowError:
+                self.protection.session += 1
+                await self._end_growth()
             self._stop.set()
             await self._stopped.wait()
             await self.onlookers.finish()
@@ -378,7 +411,7 @@ class Volume:
             await in_thread(self.writer.copier.close)
             before_unlocking()
             await in_thread(close_files, core)
-        if self.mountpoint is not None:
+        if self.mountpoint is not None and not core.area_is_busy:
             self.log.log("vsnapfs", 1002, volume=core.name)
         close_log = getattr(core.log, "close", None)
         if close_log is not None:
@@ -389,36 +422,65 @@ class Volume:
         the next open then treats it as an unclean stop.
         """
         core, area = self.core, self.core.area
+        # First of all: a growth that is committed later would take the mark of a clean end away.
+        if not await self._end_growth():
+            with trio.move_on_after(core.config.hold_timeout):
+                await self.buffer.finish()
+            with suppress(OSError):
+                await core.flush_replica()
+            return
         if not await self.buffer.finish():
             return
-        if area is None or core.area_is_stale or core.replica_failed or area.needs_rollback:
-            return
-        if area.superblock.clean or area.damaged_sectors or area.superblock.restoring:
+        if area is None or area.superblock.clean or core.replica_failed:
             return
         try:
-            await in_thread(core.sync_replica)
+            # Also where policy `evict` has gone on without the diff area.
+            await core.flush_replica()
+            if core.area_is_stale or area.needs_rollback:
+                return
+            if area.superblock.restoring or not area.is_sound:
+                return
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
             await in_thread(self._note_generation)
-        except (FaultError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - then it is closed as it is
             core.log.log(
-                "vsnapfs", 1091, volume=core.name, reason=f"the volume could not be closed: {error}"
+                "vsnapfs",
+                1091,
+                volume=core.name,
+                reason=f"the volume could not be closed: {error!r}",
             )
+
+    async def _end_growth(self) -> bool:
+        """False if a growth goes on all the same: what it works on is left as after a kill."""
+        limit = min(self.core.config.grow_timeout, _LAST_GROWTH_SECONDS)
+        if await self.room.close(limit):
+            return True
+        text = (
+            "it was closed while its diff area was still growing: the host has not answered yet. "
+            "The next opening looks after it as after a kill; until this process has ended, the "
+            "diff area is in use"
+        )
+        self.log.log("vsnapfs", 1091, volume=self.core.name, reason=text)
+        return False
 
     def _note_generation(self) -> None:
         self.protection.save()
 
     # -- handles --------------------------------------------------------------------------------
 
-    def open_replica(self) -> ReplicaHandle:
-        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored)."""
+    def open_replica(self, *, synchronous: bool = False) -> ReplicaHandle:
+        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored).
+
+        synchronous: as with O_SYNC or O_DSYNC, each write is durable before it is answered.
+        """
         if not self.protection.is_online:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         area = self.core.area
         if self.protection.restoring or (area is not None and area.superblock.restoring):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        return ReplicaHandle(self)
+        return SynchronousHandle(self) if synchronous else ReplicaHandle(self)
 
     def open_point(self, number: int) -> PointHandle:
         """A handle on recovery point `number`. OSError ENOENT."""
@@ -463,6 +525,8 @@ class Volume:
         async with self.core.admin.turn("taking the volume offline"):
             if self.protection.restoring:
                 self.protection.require_online("taking it offline")
+            if self._lacks_memory:
+                raise self.core.out_of_memory("that is all that keeps it offline")
             self.core.admin.begin()
             await self.protection.take_offline()
 
@@ -475,11 +539,15 @@ class Volume:
         what = "giving up the recovery points" if give_up_recovery_points else "coming online"
         async with self.core.admin.turn(what):
             if give_up_recovery_points:
+                if self._lacks_memory:
+                    raise self.core.out_of_memory("there is no reason to give anything up")
                 async with self.core.shape_lock:
                     return await giveup.give_up_recovery_points(self)
-            if self.protection.is_online:
+            warnings = []
+            if not self.protection.is_online:
+                warnings = await self._bring_back()
+            elif not self._is_half_restored:
                 return [f"volume {self.core.name} is already online"]
-            warnings = await self._bring_back()
             await self._continue_restore()
             if self.protection.state == "offline":
                 fault = self.protection.fault
@@ -510,6 +578,7 @@ class Volume:
                 exit_code=3,
                 code="still-faulted",
             ) from error
+        self.policy.reset()
         self.room.reset()
         return [warning] if warning else []
 
@@ -526,6 +595,8 @@ class Volume:
         core, area = self.core, self.core.area
         give_up = "'vsnapfs online --give-up-recovery-points' starts an empty one, without points"
         reason = hint = ""
+        if self._lacks_memory:
+            raise core.out_of_memory("it cannot come online")
         if area is None:
             reason = self.protection.trouble or "its diff area could not be opened"
             hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
@@ -563,7 +634,7 @@ class Volume:
         """Check every structure and every copy. Repairs nothing. See `diffarea.verify`."""
         report = progress or no_progress
         async with self.core.shape_lock:
-            area = self.core.need_area()
+            area = self.core.need_index()
             async with self.core.area_lock:  # It walks the index, to which writes add.
                 run = await in_thread(
                     Verification, area, lambda: [point.number for point in self.core.points]
@@ -588,6 +659,8 @@ class Volume:
         self, *, dry_run: bool = False, progress: Progress | None = None
     ) -> dict[str, Any]:
         """Bring back what can be brought back, and say what cannot. See `repair`. VsnapError."""
+        if self._lacks_memory:
+            raise self.core.out_of_memory("what there is to mend is not known")
         return await repair.Repair(self, dry_run=dry_run).run(progress or no_progress)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:

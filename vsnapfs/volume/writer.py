@@ -22,17 +22,17 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import trio
 
 from ..backing import Bytes
 from ..diffarea.area import DiffArea
 from ..diffarea.index import SLOT_MASK
-from ..errors import FaultCode, FaultError
+from ..errors import FaultCode, FaultError, unexpected
 from .buffer import LONGEST, WriteBuffer
-from .copying import Copier, Preserved, runs_of, unexpected
+from .copying import Copier, Preserved, runs_of
 from .core import Core, in_thread
+from .policy import Policy, Verdict
 from .protection import Protection
 from .ring import Record
 from .room import Room
@@ -64,9 +64,17 @@ class Batch:
 class Writer:
     """Carries out writes for an open volume."""
 
-    def __init__(self, core: Core, protection: Protection, room: Room, buffer: WriteBuffer) -> None:
+    def __init__(
+        self,
+        core: Core,
+        protection: Protection,
+        policy: Policy,
+        room: Room,
+        buffer: WriteBuffer,
+    ) -> None:
         self._core = core
         self._protection = protection
+        self._policy = policy
         self._room = room
         self._buffer = buffer
         self.copier = Copier(core)
@@ -74,15 +82,16 @@ class Writer:
         self._open_batch: Batch | None = None
         self._on_the_way: dict[int, Batch] = {}
 
-    async def write(self, session: int, offset: int, data: Bytes) -> None:
+    async def write(self, session: int, offset: int, data: Bytes) -> int:
         """Write `data` at `offset`, all of it inside the replica.
 
+        Returns how far the buffer must be drained until it lies there: 0 if it does already.
         OSError: ENODEV (offline, or a handle from before a fault), ENOSPC or EIO of the replica.
         On any error but the replica's own EIO no byte has moved.
         """
         core, protection, gate = self._core, self._protection, self._core.gate
         if not data:
-            return
+            return 0
         while gate.closed and session == protection.session:
             await gate.wait_open()
         if session != protection.session or not protection.is_online:
@@ -99,7 +108,7 @@ class Writer:
                 if missing or self._buffer.pending:
                     way = await self._take_way(session, offset, data, first, last, missing)
                     if way is _ACKNOWLEDGED:
-                        return
+                        return self._buffer.acknowledged
                     if way is _LOOK_AGAIN:
                         continue
                 holes = core.no_holes.missing(first, last)
@@ -114,6 +123,7 @@ class Writer:
             except OSError as error:
                 self._replica_error("write", offset, len(data), error)
                 raise
+            return 0
         finally:
             gate.leave()
 
@@ -142,19 +152,24 @@ class Writer:
                     raise await self._protection.refuse()
                 return _LOOK_AGAIN
             return await self._acknowledge(session, offset, data, first, last, missing)
-        await self._preserve(missing, offset, len(data))
+        await self._preserve(session, missing, offset, len(data))
         return _LOOK_AGAIN
 
     async def _start_buffer(self, session: int, offset: int, length: int) -> None:
         try:
             await self._buffer.start()
         except FaultError as error:
-            await self._protection.trip(error, offset=offset, length=length)
-            raise await self._protection.refuse() from error
+            await self._area_failed(error, offset, length)
         except OSError:
             pass  # What could not be carried out has taken the volume offline.
         if session != self._protection.session or not self._protection.is_online:
             raise await self._protection.refuse()
+
+    async def _area_failed(self, error: FaultError, offset: int, length: int) -> None:
+        """Do what the policy says; OSError ENODEV if that is to go offline."""
+        await self._policy.failed(error, offset=offset, length=length)
+        if not self._protection.is_online:
+            raise await self._protection.refuse() from error
 
     async def _acknowledge(
         self, session: int, offset: int, data: Bytes, first: int, last: int, missing: list[int]
@@ -169,53 +184,52 @@ class Writer:
         fresh = [block for block in missing if block not in buffer.slots]
         slots = core.need_area().slots.reserve(len(fresh)) if fresh else []
         if slots is None:
-            await self._make_room(fresh, offset, len(data))
+            await self._make_room(session, fresh, offset, len(data))
             return _LOOK_AGAIN
+        # Everything that can fail comes before, or gives back what it has taken: from the moment
+        # that it lies in the ring the write counts, whatever its client is told.
         acknowledged = False
         try:
+            self._take_slots(fresh, slots, buffer.slots)
             acknowledged = buffer.append(offset, data)
         finally:
             if not acknowledged:
-                core.need_area().slots.release(slots)
+                self._give_back(fresh, slots)
         if not acknowledged:
             await buffer.room()
             return _LOOK_AGAIN
         if fresh:
-            self._take_slots(fresh, slots, buffer.slots)
-            self._room.look_ahead()
+            with suppress(MemoryError):
+                self._room.look_ahead()
         return _ACKNOWLEDGED
+
+    def _give_back(self, fresh: Sequence[int], slots: Sequence[int]) -> None:
+        """Slots that were reserved for a write which is not acknowledged after all."""
+        for block in fresh:
+            self._buffer.slots.pop(block, None)
+        self._room.promised.difference_update(slots)
+        self._core.need_area().slots.release(slots)
 
     async def _leave_clean(self, offset: int, length: int) -> None:
         try:
             await self._core.mark_in_use()
         except FaultError as error:
-            if self._core.config.on_full == "evict":
-                try:
-                    await self._room.give_up_all(14, error.message)
-                except FaultError as failure:
-                    error = failure
-                else:
-                    # Not tried again for each write: without points nothing depends on it.
-                    area = self._core.need_area()
-                    area.superblock = replace(area.superblock, clean=False)
-                    return
-            await self._protection.trip(error, offset=offset, length=length)
-            raise await self._protection.refuse() from error
+            await self._area_failed(error, offset, length)
 
     # -- preserving -----------------------------------------------------------------------------
 
-    async def _preserve(self, blocks: list[int], offset: int, length: int) -> None:
+    async def _preserve(self, session: int, blocks: list[int], offset: int, length: int) -> None:
         """Return when every one of `blocks` is durably preserved, or when that is to be looked at
         again: there was no room, and meanwhile the buffer may have taken some of them.
         """
         core = self._core
+        fresh = [block for block in blocks if block not in self._on_the_way]
+        slots = core.need_area().slots.reserve(len(fresh))
+        if slots is None:
+            await self._make_room(session, fresh, offset, length)
+            return
         # Shielded: a request that is given up must not leave a batch without its leader.
         with trio.CancelScope(shield=True):
-            fresh = [block for block in blocks if block not in self._on_the_way]
-            slots = core.need_area().slots.reserve(len(fresh))
-            if slots is None:
-                await self._make_room(fresh, offset, length)
-                return
             self._room.look_ahead()
             batches = {self._on_the_way[block] for block in blocks if block in self._on_the_way}
             if fresh:
@@ -225,17 +239,35 @@ class Writer:
                 if batch.error is not None and core.points:
                     raise await self._protection.refuse()
 
-    async def _make_room(self, blocks: Sequence[int], offset: int, length: int) -> None:
+    async def _make_room(
+        self, session: int, blocks: Sequence[int], offset: int, length: int
+    ) -> None:
         """There are too few free slots: grow, evict, or trip the fault and refuse the write."""
-        if self._core.config.zero_blocks == "flag" and await self._slots_come_back():
+        core, gate, protection = self._core, self._core.gate, self._protection
+        if core.config.zero_blocks == "flag" and await self._slots_come_back():
             return  # Look again.
+        failure: FaultError | None = None
+        # Counted out at the gate meanwhile: nothing of this write has happened yet, and a point,
+        # a restore or closing need not wait for a host that is slow.
+        gate.leave()
         try:
-            await self._room.make(len(blocks))
-        except FaultError as error:
-            error.block = blocks[0]
-            await self._protection.trip(error, offset=offset, length=length, needed=len(blocks))
-        if not self._protection.is_online:
-            raise await self._protection.refuse()
+            try:
+                await self._room.make(len(blocks))
+            except FaultError as error:
+                failure = error
+            while gate.closed and session == protection.session:
+                await gate.wait_open()
+        finally:
+            gate.inside += 1  # `write` counts it out; who is given up here awaits nothing before.
+        if session != protection.session or not protection.is_online:
+            raise await protection.refuse()
+        if failure is not None:
+            failure.block = blocks[0]
+            await self._policy.failed(
+                failure, growing=True, offset=offset, length=length, needed=len(blocks)
+            )
+            if not protection.is_online:
+                raise await protection.refuse()
 
     async def _slots_come_back(self) -> bool:
         """Of slots that are reserved, those for blocks of zeros will not be used: wait for that.
@@ -297,7 +329,7 @@ class Writer:
                 # The disk says more than these, and the index may know it: nothing is taken back.
                 area.zero_spans.clear()
                 batch.error = unexpected(error, batch.blocks[0])
-        if batch.error is not None and core.config.on_full != "evict":
+        if batch.error is not None and self._policy.decide(batch.error) is Verdict.OFFLINE:
             self._protection.mark(
                 batch.error, offset=offset, length=length, needed=len(batch.blocks)
             )
@@ -317,6 +349,7 @@ class Writer:
                 area.index.add(block, epoch, slot)
                 core.preserved.add(block)
                 used.add(slot & SLOT_MASK)
+        self._room.taken(len(used))
         area.remember_zeros(preserved.spans, used)
         area.slots.release([slot for slot in batch.slots if slot not in used])
 
@@ -324,12 +357,7 @@ class Writer:
         """After the flush, without `area_lock`: persist a fault, then wake the writers."""
         try:
             if batch.error is not None:
-                if self._core.config.on_full == "evict":
-                    try:
-                        await self._room.give_up_all(14, batch.error.message)
-                    except FaultError as error:
-                        self._protection.mark(error)
-                await self._protection.persist()
+                await self._policy.failed(batch.error)
         finally:
             for block in batch.blocks:
                 if self._on_the_way.get(block) is batch:
@@ -344,42 +372,61 @@ class Writer:
         slots: block → slot reserved for it; a block without one (after an opening) gets one now.
         Returns why the blocks must not be overwritten, None if they may be. first: for the fault.
         """
-        core, batch = self._core, Batch()
-        blocks = list(blocks)
-        async with core.area_lock:
-            area = core.need_area()
-            if core.area_is_stale:
-                # What we know of it is wrong: nothing may be written there any more.
-                return FaultError(
-                    FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, "somebody else writes to the diff area"
-                )
-            needed = [b for b in blocks if core.points and b not in core.preserved]
-            without = [block for block in needed if block not in slots]
-            found = area.slots.reserve(len(without)) if without else []
-            if found is None:
-                # An opening that found less room than there was.
-                batch.error = self._room.full()
-                batch.error.block = without[0]
-                if core.config.on_full != "evict":
-                    self._protection.mark(batch.error, needed=len(without))
-            else:
-                self._take_slots(without, found, slots)
-                # A point may have been deleted meanwhile and with it the need for a copy.
-                self._drop_slots(set(blocks).difference(needed), slots)
-                # They stay in `slots` meanwhile: who writes to the same block needs no other slot.
-                batch.blocks, batch.slots = needed, [slots[block] for block in needed]
-                if needed:
-                    await self._flush(batch, first.offset, first.length)
-                for block in needed:
-                    del slots[block]
-                kept = area.slots.reserve(len(needed)) if batch.error is not None else None
-                if kept is not None:
-                    # They stay acknowledged, so they keep their place.
-                    self._take_slots(needed, kept, slots)
+        core, blocks = self._core, list(blocks)
+        while True:
+            batch = Batch()
+            lacking: list[int] = []
+            async with core.area_lock:
+                area = core.need_area()
+                needed = [b for b in blocks if core.points and b not in core.preserved]
+                without = [block for block in needed if block not in slots]
+                if core.area_is_stale and core.points:
+                    # What we know of it is wrong: nothing may be written there any more.
+                    text = "somebody else writes to the diff area"
+                    batch.error = FaultError(FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, text)
+                elif (found := area.slots.reserve(len(without)) if without else []) is None:
+                    lacking = without
+                else:
+                    self._take_slots(without, found, slots)
+                    # A point may have been deleted meanwhile and with it the need for a copy.
+                    self._drop_slots(set(blocks).difference(needed), slots)
+                    await self._preserve_reserved(area, batch, needed, slots, first)
+            if not lacking:
+                break
+            # An opening that found less room than there was.
+            error = await self._room_for(lacking)
+            if error is not None:
+                return error
         await self._settle(batch)
         if core.points:
             return batch.error
         self._drop_slots(blocks, slots)
+        return None
+
+    async def _preserve_reserved(
+        self, area: DiffArea, batch: Batch, needed: list[int], slots: dict[int, int], first: Record
+    ) -> None:
+        """Preserve `needed`, all of which have their `slots`. The caller holds `area_lock`."""
+        # They stay in `slots` meanwhile: who writes to the same block needs no other slot.
+        batch.blocks, batch.slots = needed, [slots[block] for block in needed]
+        if needed:
+            await self._flush(batch, first.offset, first.length)
+        for block in needed:
+            del slots[block]
+        kept = area.slots.reserve(len(needed)) if batch.error is not None else None
+        if kept is not None:
+            # They stay acknowledged, so they keep their place.
+            self._take_slots(needed, kept, slots)
+
+    async def _room_for(self, blocks: list[int]) -> FaultError | None:
+        """For acknowledged writes: grow or evict. Returns why they must wait."""
+        try:
+            await self._room.make(len(blocks))
+        except FaultError as error:
+            error.block = blocks[0]
+            await self._policy.failed(error, growing=True, needed=len(blocks))
+            if not self._protection.is_online or self._room.closed:
+                return error
         return None
 
     def _take_slots(

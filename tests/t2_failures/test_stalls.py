@@ -1,0 +1,389 @@
+"""A host that takes long to give the diff area its space: who waits for it, and who does not.
+
+A growth is held in its worker thread, at the host's allocation, until the test lets it go. Nothing
+here depends on how long anything takes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import trio
+from rig import (
+    BLOCK,
+    SMALLEST,
+    flush,
+    pattern,
+    read_point,
+    read_replica,
+    small_steps,
+    write,
+)
+from scene import SIZE, Scene
+from schedules import Doing, Pause, all_stand_still
+from simdisk import FOREVER
+
+from vsnapfs.errors import VsnapError
+from vsnapfs.volume import Volume
+from vsnapfs.volume import room as room_module
+from vsnapfs.volume.room import Rate
+
+NEW = pattern(90, 2 * BLOCK)
+BUFFERS = pytest.mark.parametrize("buffer", [0, 64 * 1024], ids=["direct", "buffered"])
+
+
+@pytest.fixture(autouse=True)
+def _small() -> Iterator[None]:
+    with small_steps():
+        yield
+
+
+def used_up(policy: str, **options: Any) -> Scene:
+    """No slot is free, the maximum is far, and nothing grows ahead."""
+    scene = Scene(on_full=policy, maximum=SMALLEST + 100 * BLOCK, **options)
+    refused = scene.rig.host.fail("area", "allocate", errno.ENOSPC, times=FOREVER)
+    scene.run(scene.fill, 0)
+    scene.rig.host.failures.remove(refused)
+    scene.rig.log.events.clear()
+    scene.rig.threads = True
+    return scene
+
+
+Schedule = Callable[[Volume, Doing, Pause], Awaitable[None]]
+
+
+def while_it_stalls(scene: Scene, schedule: Schedule, **options: Any) -> None:
+    """Run `schedule` while a write of two blocks waits for a growth that is held."""
+
+    async def main(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", "allocate", **options) as growing:
+                writing = Doing(nursery, write(volume, 0, NEW))
+                await growing.reached()
+                await all_stand_still()
+                await schedule(volume, writing, growing)
+
+    scene.run(main)
+
+
+@BUFFERS
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_everything_else_is_answered_while_a_write_waits(policy: str, buffer: int) -> None:
+    """Status, reads, flushes, new points, deletions, verify; then the write goes through, and all
+    points are exact.
+    """
+    # However short: with evict nobody looks at it.
+    timeout = {"evict": 0.0, "offline": 600.0}[policy]
+    scene = used_up(policy, buffer=buffer, grow_timeout=timeout)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        told = volume.status()["diff_area"]["growth"]
+        assert told["waiting"] == 1
+        assert told["seconds"] >= 0
+        content = bytes(await read_replica(volume))
+        assert content[: len(NEW)] != NEW
+        assert await read_point(volume, 1) == scene.points[1]
+        await flush(volume)
+        await scene.create(volume)
+        assert scene.points[max(scene.points)] == content
+        await volume.delete_point(2)
+        del scene.points[2]
+        assert (await volume.verify())["ok"]
+        assert not writing.answered
+        growing.go()
+        await writing.ended()
+        assert bytes(await read_replica(volume)) == NEW + content[len(NEW) :]
+        told = volume.status()["diff_area"]["growth"]
+        assert (told["waiting"], told["seconds"]) == (0, None)
+        assert told["last_seconds"] >= 0
+
+    while_it_stalls(scene, schedule)
+    assert scene.ids() == []
+    assert scene.fault is None
+    scene.exact()
+    scene.rig.close()
+    scene.exact()
+
+
+@BUFFERS
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EOPNOTSUPP])
+def test_a_growth_that_fails_after_all_costs_the_oldest_point(buffer: int, code: int) -> None:
+    """With evict: 35 for one point, whatever the reason, and the write goes through."""
+    scene = used_up("evict", buffer=buffer, grow_timeout=0.0)
+    refused = scene.rig.host.fail("area", "allocate", code, times=FOREVER)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        assert scene.ids() == []
+        growing.go()
+        await writing.ended()
+        await flush(volume)
+
+    while_it_stalls(scene, schedule, error=OSError(code, "not after all"))
+    assert scene.ids() == [35]
+    scene.rig.host.failures.remove(refused)
+    assert scene.replica()[: len(NEW)] == NEW
+    scene.exact(only=set(scene.points) - {1})
+
+
+@BUFFERS
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_write_that_waits_is_refused_when_the_volume_goes_offline(
+    policy: str, buffer: int
+) -> None:
+    """At once, not when the host answers; and it has moved no byte."""
+    scene = used_up(policy, buffer=buffer, grow_timeout=600.0)
+    before = scene.replica()
+
+    async def schedule(volume: Volume, writing: Doing, _growing: Pause) -> None:
+        await volume.go_offline()
+        with pytest.raises(OSError) as caught:
+            await writing.ended()
+        assert caught.value.errno == errno.ENODEV
+
+    while_it_stalls(scene, schedule)
+    assert scene.replica() == before
+    scene.exact()
+
+
+def test_a_request_that_is_given_up_does_not_wait_any_longer() -> None:
+    """A cancelled write leaves nothing behind: points, writes and a clean close go on."""
+    scene = used_up("evict")
+
+    async def main(volume: Volume) -> None:
+        with Pause(scene.rig, "area", "allocate") as growing:
+            async with trio.open_nursery() as nursery:
+                Doing(nursery, write(volume, 0, NEW))
+                await growing.reached()
+                nursery.cancel_scope.cancel()
+            assert volume.core.gate.inside == 0
+            await scene.create(volume)
+        await write(volume, 0, NEW)
+
+    scene.run(main)
+    scene.exact()
+
+
+# --- closing -------------------------------------------------------------------------------------
+
+
+@BUFFERS
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_closing_does_not_wait_for_a_host_that_does_not_answer(policy: str, buffer: int) -> None:
+    """It ends, says so, and is what a kill is: nothing acknowledged is lost, no point changes, no
+    fault. The diff area is not let go as long as something may still be done to it.
+    """
+    scene = used_up(policy, buffer=buffer, grow_timeout=600.0)
+
+    def patience(seconds: float) -> None:
+        object.__setattr__(scene.rig.config, "grow_timeout", seconds)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        patience(0.01)
+        await volume.close()
+        patience(600.0)
+        with pytest.raises(OSError) as caught:
+            await writing.ended()
+        assert caught.value.errno == errno.ENODEV
+        assert scene.rig.host.files["area"].locked
+        assert not scene.rig.host.files["replica"].locked
+        growing.go()
+        await all_stand_still()
+
+    before = scene.replica()
+    while_it_stalls(scene, schedule)
+    assert scene.rig.log.ids("vsnapfs") == [1091]
+    assert scene.ids() == []
+    scene.rig.killed()
+    scene.rig.threads = False
+    assert scene.fault is None
+    assert scene.replica() == before
+    scene.exact()
+    assert scene.write(0, SIZE) is None
+
+
+def test_a_growth_that_ends_in_time_leaves_a_clean_end() -> None:
+    """What closing has waited for is part of the clean end: no recovery at the next opening."""
+    scene = used_up("offline", grow_timeout=600.0)
+
+    async def main(volume: Volume) -> None:
+        with Pause(scene.rig, "area", "allocate") as growing:
+            async with trio.open_nursery() as nursery:
+                volume.room.reset()
+                volume.room.look_ahead()
+                await growing.reached()
+                closing = Doing(nursery, volume.close())
+                await all_stand_still()
+                assert not closing.answered
+                growing.go()
+                await closing.ended()
+
+    scene.run(main)
+    scene.rig.volume = None
+    scene.rig.threads = False
+    scene.rig.log.events.clear()
+    scene.exact()
+    assert 1042 not in scene.rig.log.ids("vsnapfs"), "not closed cleanly"
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["resize", "give up"])
+def test_a_command_that_needs_the_area_at_rest_says_that_it_grows(what: str) -> None:
+    """Refused after hold-timeout, not held for ever; other commands go on after it."""
+    scene = used_up("evict", hold_timeout=0.05)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        if what == "give up":
+            await volume.go_offline()
+            with pytest.raises(OSError):
+                await writing.ended()
+        work = {
+            "resize": lambda: volume.resize(SMALLEST + 200 * BLOCK),
+            "give up": lambda: volume.online(give_up_recovery_points=True),
+        }[what]
+        with pytest.raises(VsnapError, match="still growing") as caught:
+            await work()
+        assert caught.value.code == "growing"
+        if what == "resize":
+            await scene.create(volume)
+            growing.go()
+            await writing.ended()
+            await work()
+
+    while_it_stalls(scene, schedule)
+    scene.exact()
+
+
+def test_a_restore_does_not_wait_for_a_write_that_waits() -> None:
+    """And the write, whose handle is from before the restore, is refused after it."""
+    scene = used_up("evict")
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        newest = max(scene.points)
+        restoring = Doing(volume_nursery, volume.restore(newest, force=True))
+        await restoring.ended()
+        assert scene.replica() == scene.points[newest]
+        growing.go()
+        with pytest.raises(OSError) as caught:
+            await writing.ended()
+        assert caught.value.errno == errno.ENODEV
+
+    async def main(volume: Volume) -> None:
+        nonlocal volume_nursery
+        async with trio.open_nursery() as nursery, trio.open_nursery() as volume_nursery:
+            with Pause(scene.rig, "area", "allocate") as growing:
+                writing = Doing(nursery, write(volume, 0, NEW))
+                await growing.reached()
+                await all_stand_still()
+                await schedule(volume, writing, growing)
+
+    volume_nursery: trio.Nursery
+    scene.run(main)
+    scene.exact()
+
+
+# --- told ----------------------------------------------------------------------------------------
+
+
+def test_a_slow_growth_is_told_while_it_lasts_and_when_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1047 (Warning): so far, with the writes that wait; then how long it took, from what to what.
+    A growth that is not slow is not told.
+    """
+    scene = used_up("evict")
+    monkeypatch.setattr(room_module, "SLOW_GROWTH_SECONDS", 0.0)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        area = volume.core.need_area()
+        old = area.allocated
+        first = scene.rig.log.params(1047)
+        assert (first["count"], first["diff_area"]) == (1, "/sim/area")
+        assert "new" not in first
+        growing.go()
+        await writing.ended()
+        await all_stand_still()
+        found = [params for _, number, params in scene.rig.log.events if number == 1047]
+        assert (found[-1]["old"], found[-1]["new"]) == (old, area.allocated)
+        assert found[-1]["seconds"] >= 0
+
+    while_it_stalls(scene, schedule)
+    monkeypatch.setattr(room_module, "SLOW_GROWTH_SECONDS", 600.0)
+    scene.rig.log.events.clear()
+    scene.run(scene.fill, 0)
+    scene.exact()
+    assert 1047 not in scene.rig.log.ids("vsnapfs")
+
+
+# --- ahead ---------------------------------------------------------------------------------------
+
+
+def test_the_rate_counts_the_last_minute_only() -> None:
+    """In pieces of five seconds; what is older than a minute is forgotten, also after a pause."""
+    rate = Rate()
+    for second in range(1000, 1060):
+        rate.add(80, float(second))
+    assert rate.total == 4800
+    assert rate.ahead == 600, "a quarter of what thirty seconds take"
+    rate.add(0, 1060.0)
+    assert rate.total == 4400
+    rate.add(1, 1114.9)
+    assert rate.total == 401, "the last five of those seconds"
+    rate.add(0, 1115.0)
+    assert rate.total == 1
+    rate.add(2, 1e9)
+    assert rate.total == 2
+    assert rate.ahead == 0
+
+
+def test_growing_ahead_begins_early_where_much_is_preserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same work in a minute and in an hour: in the first case a quarter of what thirty seconds
+    take is free at its end.
+    """
+    clock = 5000.0
+    monkeypatch.setattr(trio, "current_time", lambda: clock)
+    blocks = -(-SIZE // BLOCK)
+
+    def after(rounds: int, pause: float) -> int:
+        """Slots that are free in the end."""
+        scene = Scene(maximum=SMALLEST + 900 * BLOCK)
+
+        async def main(volume: Volume) -> int:
+            nonlocal clock
+            for _ in range(rounds):
+                clock += pause
+                await volume.create_point()
+                await write(volume, 0, pattern(1, SIZE))
+                while volume.room.status()["seconds"] is not None:
+                    await trio.lowlevel.checkpoint()
+                await volume.delete_point(volume.points[0].number)
+            return volume.core.need_area().slots.free
+
+        return int(scene.run(main))
+
+    wanted = 60 * blocks // 8 - blocks
+    assert after(rounds=60, pause=60.0) < wanted <= after(rounds=60, pause=0.5)
+
+
+def test_a_growth_ahead_takes_enough_not_to_begin_again_at_once() -> None:
+    """However small a step is, one allocation brings all that should be free."""
+    scene = Scene(maximum=SMALLEST + 400 * BLOCK)
+
+    async def main(volume: Volume) -> None:
+        area = volume.core.need_area()
+        volume.room.taken(2000)
+        before = scene.rig.host.counts["area", "allocate"]
+        for block in (7, 8, 9):
+            await write(volume, block * BLOCK, pattern(1, BLOCK))
+            while volume.room.status()["seconds"] is not None:
+                await trio.lowlevel.checkpoint()
+        assert area.slots.free >= 2000 // 8
+        assert scene.rig.host.counts["area", "allocate"] <= before + 2
+
+    scene.run(main)
