@@ -52,8 +52,7 @@ def everything(directory: Path) -> list[Exception]:
                 server = ControlServer(directory, volume, OPERATIONS)
                 server.listen()
                 server.unlink()
-                assert server._socket is not None
-                server._socket.close()
+                server._place.take().close()
                 async with trio.open_nursery() as nursery:
                     await nursery.start(volume.run)
                     with suppress(VsnapError, OSError):

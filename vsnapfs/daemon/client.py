@@ -28,8 +28,8 @@ import trio
 from vsnapfs import openers
 from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
-from vsnapfs.daemon.control import open_directory
 from vsnapfs.daemon.interruption import CtrlC, interrupted
+from vsnapfs.daemon.listening import open_directory
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Progress
 from vsnapfs.daemon.process import run_trio
 from vsnapfs.daemon.talk import NOT_BEGUN, Talk

@@ -29,8 +29,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from vsnapfs.beginning import Abandoned, asked_by
-from vsnapfs.config import SOCKET_NAME
 from vsnapfs.daemon.clients import ALWAYS, MAX_STOPS, Client, Clients, may_ask, too_many
 from vsnapfs.daemon.jobs import Job, gone
+from vsnapfs.daemon.listening import ControlSocket
 from vsnapfs.daemon.operations import Operation
 from vsnapfs.daemon.process import leading
 from vsnapfs.daemon.standby import Standby
@@ -59,18 +57,6 @@ WAITING_SECONDS = 1.0  # so often it is looked what an operation waits for
 PROGRESS_SECONDS = 0.1
 # How long operations that change something may go on once the mount has ended.
 FINISH_SECONDS = 60.0
-# Connections that are not accepted yet. The kernel allows as many as net.core.somaxconn says.
-_BACKLOG = 4096
-
-
-def open_directory(directory: Path) -> int:
-    """A descriptor through which the socket is named: sun_path holds only 107 bytes."""
-    return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def socket_address(folder: int) -> str:
-    """The address of the socket in an open directory, short whatever the directory's name."""
-    return f"/proc/self/fd/{folder}/{SOCKET_NAME}"
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -90,8 +76,7 @@ class ControlServer:
         self._directory = directory
         self._volume = volume
         self._operations = operations
-        self._socket: socket.socket | None = None
-        self._file: tuple[int, int] | None = None  # device, inode of our socket file
+        self._place = ControlSocket(directory)
         self._jobs: set[Job] = set()
         self._busy = 0  # connections that are owed an answer
         self._clients = Clients(encode({"error": too_many().to_json()}))
@@ -103,61 +88,21 @@ class ControlServer:
     # ---- the socket ----------------------------------------------------------------------------
 
     def listen(self) -> None:
-        """Bind and listen; from now on clients can connect (and wait for `serve`)."""
-        folder = open_directory(self._directory)
-        try:
-            address = socket_address(folder)
-            try:
-                os.unlink(address)
-            except FileNotFoundError:
-                pass
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                # On Linux the mode of an unbound socket becomes that of the file, from the start.
-                os.fchmod(listener.fileno(), 0o600)
-                listener.bind(address)
-                listener.listen(_BACKLOG)
-                found = os.stat(address)
-            except OSError:
-                listener.close()
-                raise
-            self._socket, self._file = listener, (found.st_dev, found.st_ino)
-        except OSError as error:
-            raise VsnapError(
-                f"cannot make the control socket in {self._directory}: {error.strerror}",
-                errno=error.errno or 5,
-                code="control-socket",
-            ) from error
-        finally:
-            os.close(folder)
+        """Bind and listen; from now on clients can connect (and wait for `serve`). VsnapError."""
+        self._place.listen()
 
     def unlink(self) -> None:
         """Take the socket's name away, if it is still ours. Open connections live on."""
-        if self._file is None:
-            return
-        ours, self._file = self._file, None
-        try:
-            folder = open_directory(self._directory)
-        except OSError:
-            return  # the directory itself is gone
-        try:
-            found = os.stat(socket_address(folder), follow_symlinks=False)
-            if (found.st_dev, found.st_ino) == ours:
-                os.unlink(socket_address(folder))
-        except OSError:
-            pass
-        finally:
-            os.close(folder)
+        self._place.unlink()
 
     def _status_now(self) -> dict[str, Any]:
         return self.status()
 
     async def serve(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Accept and answer until cancelled. Start it with `nursery.start`."""
-        assert self._socket is not None, "listen first"
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._socket))
-        standby = Standby(self._socket, self._status_now)
-        self._socket = None
+        listening = self._place.take()
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        standby = Standby(listening, self._status_now)
         standby.start(trio.lowlevel.current_trio_token())
         try:
             async with trio.open_nursery() as nursery:
