@@ -26,6 +26,7 @@ import itertools
 import os
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +172,10 @@ class WriteBuffer:
         # An old copy of the area names a ring of its time, and may not be carried out on anyway.
         if area is not None and not area.is_old and not area.is_unread:
             await self._adopt(area.superblock.ring, area.superblock.boot, give_up=give_up)
+            if self._store is not None:
+                # Whichever commit comes next says so: what is given up must not be carried out over
+                # newer writes, should the commit of this very opening fail.
+                area.superblock = replace(area.superblock, ring=self.name)
         self._given_up = give_up
 
     async def rescue(self) -> None:
@@ -181,6 +186,8 @@ class WriteBuffer:
         saved = self._protection.saved
         if self.ring is None and not self._given_up:
             await self._adopt(saved.ring, saved.boot)
+            # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
+            self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
 
     async def _adopt(self, name: RingName, boot: bytes, *, give_up: bool = False) -> None:
         core, store = self._core, self._store
