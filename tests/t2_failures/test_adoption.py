@@ -493,7 +493,7 @@ def test_points_are_not_given_up_over_a_ring_that_cannot_be_used() -> None:
     assert "area" not in rig.host.files
 
 
-def test_a_ring_that_was_taken_over_for_a_new_area_that_could_not_be_made_holds_up_nothing() -> None:
+def test_a_ring_taken_over_for_a_new_area_that_cannot_be_made_holds_up_nothing() -> None:
     """Somebody else's file is where the new area would go: the volume can be closed, the ring stays
     for the next try.
     """
