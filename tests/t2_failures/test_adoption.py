@@ -13,6 +13,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import trio
 from rig import (
     BLOCK,
     Rig,
@@ -228,6 +229,27 @@ def _without_points(rig: Rig, give_up: object) -> None:
         mock.patch("vsnapfs.volume.giveup._make", made_anew),
     ):
         rig.run(give_up)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nth", [1, 2], ids=["first copy", "second copy"])
+def test_a_write_buffer_that_was_given_up_stays_so_when_the_commit_of_that_fails(nth: int) -> None:
+    """Its records are not carried out over newer writes by an opening that could use it again."""
+    rig = left_by_a_kill()
+    rig.host.ring_problem = Unusable("it belongs to another user")
+    rig.host.fail("area", "write", errno.EIO, nth=nth, times=FOREVER)
+
+    async def go_on(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        rig.host.failures.clear()
+        await volume.online()
+        await volume.delete_point(1)
+        await write_at(volume, 0, NEWER)  # Needs no copy, so it needs no ring either.
+        await flush(volume)
+
+    rig.run(go_on, give_up_write_buffer=True)
+    rig.killed()
+    rig.host.ring_problem = None
+    assert content(rig) == NEWER + OLD[BLOCK:]
 
 
 # -- copies ---------------------------------------------------------------------------------------
@@ -469,6 +491,32 @@ def test_points_are_not_given_up_over_a_ring_that_cannot_be_used() -> None:
     rig.run(give_up)
     assert len(rig.host.memory) == 1
     assert "area" not in rig.host.files
+
+
+def test_a_ring_taken_over_for_a_new_area_that_cannot_be_made_holds_up_nothing() -> None:
+    """Somebody else's file is where the new area would go: the volume can be closed, the ring stays
+    for the next try.
+    """
+    rig = left_by_a_kill()
+    rig.host.remove("area")
+    in_the_way = VsnapError("it is not the diff area of this volume; it is not overwritten")
+
+    async def try_it(volume: Volume) -> None:
+        with mock.patch("vsnapfs.volume.giveup._find_place", side_effect=in_the_way):
+            assert await attempt(volume.online(give_up_recovery_points=True)) is in_the_way
+        assert volume.buffer.pending
+        with trio.fail_after(60):
+            assert not await volume.buffer.finish()
+
+    rig.run(try_it)
+    rig.close()
+    assert len(rig.host.memory) == 1
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        assert acknowledged(rig, volume) == NEW + OLD[BLOCK:]
+
+    _without_points(rig, give_up)
 
 
 # -- what an exception leaves ---------------------------------------------------------------------

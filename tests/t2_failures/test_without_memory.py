@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -406,6 +407,39 @@ def test_without_an_index_a_point_can_be_deleted() -> None:
         volume.check_invariants()
 
     rig.run(look)
+
+
+def test_an_old_area_that_was_opened_without_memory_still_is_an_old_one() -> None:
+    """Fault 15 for every later opening: what is known of the newer one is not forgotten."""
+    rig = made()
+    rig.close()
+    newer = rig.host.files["area"]
+    old = replace(newer, cache=newer.cache.copy(), disk=newer.disk.copy(), inode=newer.inode + 1000)
+
+    async def go_on(volume: Volume) -> None:
+        await volume.create_point()
+        await write(volume, 0, OLD)
+
+    rig.run(go_on)
+    rig.close()
+    rig.host.files["area"] = old
+
+    async def is_old(volume: Volume) -> int:
+        assert volume.core.need_area().is_old
+        assert volume.protection.fault is not None
+        return int(volume.protection.fault.code)
+
+    with mock.patch.object(RunBuilder, "finish", side_effect=MemoryError):
+        assert rig.run(is_old, mountpoint="/mnt") == 4
+    rig.close()
+    rig.run(is_old)
+    rig.close()
+    rig.host.files["area"] = newer
+
+    async def points(volume: Volume) -> None:
+        assert await read_points(volume) == {1: OLD, 2: NEW}
+
+    rig.run(points, accept_changed_replica=True)
 
 
 def test_the_volume_s_own_fault_is_kept() -> None:

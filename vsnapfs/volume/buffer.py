@@ -189,6 +189,8 @@ class WriteBuffer:
         saved = self._protection.saved
         if self.ring is None and not self._given_up:
             await self._adopt(saved.ring, saved.boot)
+            # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
+            self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
 
     async def _adopt(self, name: RingName, boot: bytes, *, give_up: bool = False) -> None:
         core, store = self._core, self._store

@@ -305,7 +305,8 @@ class Protection:
     def _save(self, **changes: object) -> None:
         area = self._core.area
         state = replace(self.saved, **changes)  # type: ignore[arg-type]
-        if area is not None and not self._core.area_is_stale:
+        # What an old copy says must not replace what is known: it would look new from then on.
+        if area is not None and not self._core.area_is_stale and not area.is_old:
             state = replace(
                 state,
                 maximum=area.maximum,
