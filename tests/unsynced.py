@@ -57,9 +57,14 @@ class Sector:
         return Sector(self, start, part, self.newest[:start] + part + self.newest[end:])
 
     def kept(self, start: int, part: bytes) -> Sector:
-        """The same once that write cannot be lost any more. Of the others nothing is known."""
+        """The same once that write cannot be lost any more. Of the others nothing is known.
+
+        Of several equal ones that may still be lost it is taken for the oldest: should it have been
+        another, this accepts more than there can be, and never less.
+        """
         entries = list(self.entries())
-        place = next(n for n, e in enumerate(entries) if (e.start, e.part) == (start, part))
+        equal = [n for n, e in enumerate(entries) if (e.start, e.part) == (start, part)]
+        place = max((n for n in equal if not entries[n].is_kept), default=equal[0])
         found = entries[-1]
         for number in range(len(entries) - 2, -1, -1):
             one = entries[number]

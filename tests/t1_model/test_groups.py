@@ -10,6 +10,7 @@ from filefuzz import flip
 from powercuts import everything_kept, nothing_kept
 from rig import BLOCK, Rig, pattern, read_points, read_replica, write
 
+from vsnapfs import threads
 from vsnapfs.diffarea import recovery
 from vsnapfs.diffarea.layout import SECTORS_PER_GROUP, SLOTS_PER_GROUP, Layout
 from vsnapfs.errors import FaultCode
@@ -60,7 +61,7 @@ def test_points_over_the_seam_survive_any_end(
 ) -> None:
     """Copies in both groups are found after a kill and after a power failure, whoever reads."""
     if pool is not None:
-        monkeypatch.setattr(recovery, "ThreadPoolExecutor", pool)
+        monkeypatch.setattr(threads, "ThreadPoolExecutor", pool)
         monkeypatch.setattr(recovery, "_GROUPS_AT_ONCE", 1)
     rig, points = _rig()
 

@@ -34,19 +34,19 @@ class Replayed:
 
 def many_small_writes_of_one_sector(state: Any) -> None:
     """The model listed all that could be left of them: one process grew to 24 GB."""
-    state.make(device=False, extra=40, seed=1, size=81920, tight=None)
+    state.make(device=False, extra=40, seed=1, size=81920, stall=0, tight=None)
     for at in range(0, 400, 10):  # one byte each, forty of them before any sync
-        state.write_one(at=at, length=1)
+        state.write_one(at=at, length=1, durably=False)
     state.power_failure(how="dice", seed=3)
 
 
 def refused_writes_of_one_sector(state: Any) -> None:
     """The same with writes that are refused, each of which may yet be there or not."""
-    state.make(device=True, extra=0, seed=1, size=81920, tight=None)
+    state.make(device=True, extra=0, seed=1, size=81920, stall=0, tight=None)
     state.create()
     state.write_everything()
     for at in range(0, 300, 10):
-        state.write_one(at=at, length=1)
+        state.write_one(at=at, length=1, durably=False)
     state.power_failure(how="kept", seed=0)
 
 

@@ -610,7 +610,7 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
     "delete frees slots that are promised": (
         a_point_is_deleted_while_writers_have_reserved_slots,
         Points,
-        "remove",
+        "_tidy",
         "also=(*self._room.promised, *area.unknown_slots)",
         "also=area.unknown_slots",
     ),

@@ -1,8 +1,9 @@
 """The engine against a plain model: any sequence of operations, crashes and power failures.
 
 The model is a bytearray for the replica, a dictionary for the recovery points, and for each
-512-byte sector the set of contents that a power failure may leave. After every step all points
-and the whole replica are compared and the engine checks itself.
+512-byte sector what a power failure may leave there (see tests/unsynced.py). After every step all
+points and the whole replica are compared and the engine checks itself. What a search finds is kept
+in test_kept_finds.py.
 """
 
 from __future__ import annotations

@@ -551,3 +551,57 @@ def test_an_exception_while_acknowledging_gives_everything_back(where: str) -> N
         rig.run(go)
     rig.killed()
     assert content(rig) == OLD[:BLOCK] + NEWER + OLD[2 * BLOCK :]
+
+
+def test_a_ring_of_another_life_is_not_named_again_in_this_one() -> None:
+    """Where an opening commits nothing (the area is damaged), a deletion does: it names no ring."""
+    rig = left_by_a_kill()
+    memory = dict(rig.host.memory)
+    rig.crashed()
+    rig.host.memory = memory  # A tmpfs that was saved and put back.
+    rig.host.files["area"].cache.write(128 * 1024, b"\xff" * 512)
+    rig.host.files["area"].disk.write(128 * 1024, b"\xff" * 512)
+    twin = 128 * 1024 + 64 * 1024 + 32 * BLOCK
+    rig.host.files["area"].cache.write(twin, b"\xff" * 512)
+    rig.host.files["area"].disk.write(twin, b"\xff" * 512)
+
+    async def delete(volume: Volume) -> None:
+        assert volume.core.need_area().damaged_sectors
+        await volume.delete_point(1)
+
+    rig.run(delete)
+    rig.killed()
+
+    async def look(volume: Volume) -> None:
+        assert volume.buffer.ring is None
+        assert acknowledged(rig, volume) == OLD
+
+    rig.run(look)
+    assert ids(rig, 1043) == 0
+
+
+@pytest.mark.parametrize("where", ["the slots", "looking ahead"])
+def test_a_write_is_refused_wholly_or_acknowledged_wholly(where: str) -> None:
+    """No memory on either side of acknowledging: what the client is told is what happened."""
+    rig = made()
+    target = {
+        "the slots": "vsnapfs.volume.writer.Writer._take_slots",
+        "looking ahead": "vsnapfs.volume.room.Room.look_ahead",
+    }[where]
+
+    async def go(volume: Volume) -> bool:
+        await volume.buffer.start()
+        slots = volume.core.need_area().slots.in_use
+        refused = False
+        with mock.patch(target, side_effect=MemoryError):
+            try:
+                await write_at(volume, 0, NEW)
+            except MemoryError:
+                refused = True
+                assert volume.core.need_area().slots.in_use == slots
+        volume.check_invariants()
+        return refused
+
+    refused = rig.run(go)
+    rig.killed()
+    assert content(rig) == (OLD if refused else NEW + OLD[BLOCK:])

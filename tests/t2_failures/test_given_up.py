@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import trio
+import trio.testing
 from rig import BLOCK, SMALLEST, pattern, read_points, read_replica, write
 from scene import Scene
 from test_half_done import on_the_host

@@ -10,12 +10,14 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from vsnapfs import threads
 
 #: 4 Mi copies, of which the index alone takes 48 MiB; the process may take 24 more than it has.
 BLOCK, COPIES, ROOM = 4096, 4 << 20, 24 << 20
@@ -134,6 +136,18 @@ def test_too_little_memory_for_the_index(volume: Path, limit: str) -> None:
     assert (code, report["state"], report["fault"]) == (0, "online", None)
 
 
+def test_threads_are_made_where_there_is_memory_for_all_of_them() -> None:
+    """With room for some of them only, none is begun: its maker would wait for it for ever."""
+    pool = threads.started(3, "some")
+    assert pool is not None
+    assert len(pool._threads) == 3
+    pool.shutdown()
+    before = threading.active_count()
+    with mock.patch.object(threads.mmap, "mmap", side_effect=OSError(12, "no memory")) as asked:
+        assert threads.started(3, "none") is None
+    assert asked.call_args.args[1] >= 3 * (8 << 20)
+    assert threading.active_count() == before
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     print(json.dumps(under_a_limit(*sys.argv[1:])))

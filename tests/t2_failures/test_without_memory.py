@@ -594,9 +594,10 @@ def test_a_growth_that_runs_out_of_memory_is_made_up_for() -> None:
         area = volume.core.need_area()
         with (
             mock.patch.object(SlotMap, "resize", side_effect=MemoryError),
-            pytest.raises(MemoryError),
+            pytest.raises(FaultError) as caught,
         ):
             await volume.room.grow_to_hold(area.slots.free + area.growable_slots)
+        assert caught.value.code is FaultCode.MEMORY_ALLOCATION_FAILURE
         assert area.allocated == area.maximum
         assert len(area.slots) < area.layout.slots_in(area.allocated)
         volume.room.reset()

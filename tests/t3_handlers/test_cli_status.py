@@ -166,3 +166,36 @@ def test_names_with_markup_and_escapes_are_shown_as_text(backend: Backend, volum
     text = ok("rp", "list", volume).stdout
     assert "[red]x[/red] \\x1b[31m :smile: \\u202e" in text
     assert "\x1b" not in text
+
+
+def test_status_says_what_is_under_way_and_what_it_waits_for(
+    backend: Backend, volume: Path
+) -> None:
+    """The running operation, the queue (its first five), and waits that last; nothing otherwise."""
+
+    def entry(what: str, seconds: float = 7.2) -> dict[str, object]:
+        return {"what": what, "since": "2026-11-22T07:20:00.000000Z", "seconds": seconds}
+
+    report = status_of(volume)
+    backend.answers["status"] = report
+    quiet = ok("status", volume).stdout
+    report["operations"] = {"running": None, "waiting": [], "waits_for": [entry("a sync", 0.1)]}
+    assert ok("status", volume).stdout == quiet
+    report["operations"] = {
+        "running": entry("restoring recovery point 3") | {"begun": False},
+        "waiting": [entry(f"deleting recovery point {number}") for number in range(1, 8)],
+        "waits_for": [entry("a sync"), entry("another"), entry("a sync"), entry("brief", 0.5)],
+    }
+    lines = [line.strip() for line in ok("status", volume).stdout.splitlines()]
+    since = "since 2026-11-22T07:20:00Z, for 7 s"
+    where = next(n for n, line in enumerate(lines) if line.startswith("under way"))
+    assert lines[where : where + 9] == [
+        f"under way        restoring recovery point 3, {since}, not begun yet",
+        f"in the queue     deleting recovery point 1, {since}",
+        *(f"deleting recovery point {number}, {since}" for number in range(2, 6)),
+        "and 2 more",
+        f"WAITS FOR        a sync, {since}",
+        f"another, {since}",
+    ]
+    report["operations"] = {"running": entry("x"), "news": 1}  # of another version
+    assert "x, since" in ok("status", volume).stdout

@@ -30,6 +30,7 @@ SERVE = """
 import sys, time
 from pathlib import Path
 import trio
+from vsnapfs import beginning
 from vsnapfs.daemon import lifecycle, process, server
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import ReplicaHandle, Volume
@@ -126,9 +127,9 @@ def test_a_close_that_fails_is_told_to_whoever_stops(box: Box) -> None:
         box,
         """
 real = Volume.close
-async def close(self):
+async def close(self, *args, **options):
     done = self._closed
-    await real(self)
+    await real(self, *args, **options)
     if not done:
         raise VsnapError("the last flush failed", code="flush")
 Volume.close = close
@@ -259,6 +260,7 @@ def test_an_operation_under_way_when_unmounting(box: Box) -> None:
         """
 real = Volume.create_point
 async def create_point(self, label=None):
+    beginning.begin()
     print("under way", flush=True)
     await trio.sleep(1)
     return await real(self, label)
@@ -273,7 +275,7 @@ Volume.verify = verify
 
     def ask(op: str) -> None:
         try:
-            outcomes[op] = client._ask(box.volume, op, {}, None)
+            outcomes[op] = client.call(box.volume, op)
         except VsnapError as error:
             outcomes[op] = error
 

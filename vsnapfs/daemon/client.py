@@ -54,6 +54,7 @@ async def _only_a_server(_volume: Volume, _progress: Progress) -> None:
 _SERVER_ONLY = {"stop": Operation("stop", _only_a_server, gerund="unmounting the volume")}
 # No answer comes near: verify's with a million problems has some 200 MB.
 _LONGEST_ANSWER = 1 << 30
+_LONGEST_WORDS = 1000
 
 Say = Callable[[str], None]
 """say(sentence): what the user may want to know while he waits."""
@@ -237,7 +238,7 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
                     if answer.get("progress") and request.progress is not None:
                         request.progress(*answer["progress"])
                     if answer.get("waiting"):
-                        request.say(f"Waiting for: {answer['waiting']}")
+                        request.say(f"Waiting for: {str(answer['waiting'])[:_LONGEST_WORDS]}")
         except TimeoutError:
             talk.hang_up()
             talk.read_out()

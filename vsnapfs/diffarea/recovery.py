@@ -21,7 +21,7 @@ import errno
 import heapq
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ import xxhash
 
 from ..backing import Backing
 from ..errors import FaultCode, FaultError, FormatError, VsnapError
+from ..threads import started
 from .area import DiffArea
 from .descriptors import (
     BLOCK_MASK,
@@ -299,20 +300,15 @@ class _Scan:
         """
         groups = range(self.area.layout.groups_of(self.present))
         parts = [groups[at : at + _GROUPS_AT_ONCE] for at in groups[::_GROUPS_AT_ONCE]]
-        if len(parts) <= 1:
+        pool = started(_READERS, "vsnapfs-scan") if len(parts) > 1 else None
+        if pool is None:
             for part in parts:
                 yield from self._read_groups(part)
             return
-        pool = ThreadPoolExecutor(_READERS)
         try:
             ahead: deque[Future[_Tables]] = deque()
             for part in parts:
-                try:
-                    ahead.append(pool.submit(self._read_groups, part))
-                except RuntimeError:  # There is no memory for a thread: slowly, then.
-                    done: Future[_Tables] = Future()
-                    done.set_result(self._read_groups(part))
-                    ahead.append(done)
+                ahead.append(pool.submit(self._read_groups, part))
                 if len(ahead) > _READERS:
                     yield from ahead.popleft().result()
             for future in ahead:

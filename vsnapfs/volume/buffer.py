@@ -168,15 +168,18 @@ class WriteBuffer:
         give_up: what cannot be used now is given up. VsnapError if the volume must stay closed;
         MemoryError: it has taken over nothing.
         """
-        area = self._core.area
-        # An old copy of the area names a ring of its time, and may not be carried out on anyway.
-        if area is not None and not area.is_old and not area.is_unread:
-            await self._adopt(area.superblock.ring, area.superblock.boot, give_up=give_up)
-            if self._store is not None:
-                # Whichever commit comes next says so: what is given up must not be carried out over
-                # newer writes, should the commit of this very opening fail.
-                area.superblock = replace(area.superblock, ring=self.name)
+        area, store = self._core.area, self._store
         self._given_up = give_up
+        # An old copy of the area names a ring of its time, and may not be carried out on anyway.
+        if area is None or store is None or area.is_old:
+            return
+        name, boot = area.superblock.ring, area.superblock.boot
+        if area.is_unread and boot == store.boot:
+            return  # It stays, for an opening that has the memory.
+        await self._adopt(name, boot, give_up=give_up)
+        if self.ring is None and name != NO_RING:
+            # That is decided. A commit must not name it once more, in this life of the machine.
+            area.superblock = replace(area.superblock, ring=NO_RING)
 
     async def rescue(self) -> None:
         """The diff area that named a ring of ours is given up: take over what the state file names.

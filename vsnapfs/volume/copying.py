@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from ..diffarea.area import DiffArea
 from ..diffarea.descriptors import ZERO_SPAN, Descriptor, with_zeros
 from ..diffarea.index import ZEROS
 from ..errors import FaultCode, FaultError, unexpected
+from ..threads import started
 from .core import Core
 
 _STAGING = 4 << 20
@@ -203,20 +203,8 @@ class Copier:
     def _pool(self) -> ThreadPoolExecutor | None:
         """The threads; None where there is no memory for them, or no use."""
         if self._readers is None and not self._alone:
-            count = 2 * _READERS
-            started = threading.Barrier(count + 1)
-            pool = ThreadPoolExecutor(count, "vsnapfs-reader")
-            try:
-                # All at once: later a thread that cannot be started would leave its work behind,
-                # to be done when nobody expects it any more.
-                for _ in range(count):
-                    pool.submit(started.wait)
-                started.wait()
-                self._readers = pool
-            except (RuntimeError, MemoryError):
-                self._alone = True
-                started.abort()
-                pool.shutdown(cancel_futures=True)
+            self._readers = started(2 * _READERS, "vsnapfs-reader")
+            self._alone = self._readers is None
         return self._readers
 
     def close(self) -> None:

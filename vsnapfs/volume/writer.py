@@ -186,19 +186,29 @@ class Writer:
         if slots is None:
             await self._make_room(session, fresh, offset, len(data))
             return _LOOK_AGAIN
+        # Everything that can fail comes before, or gives back what it has taken: from the moment
+        # that it lies in the ring the write counts, whatever its client is told.
         acknowledged = False
         try:
+            self._take_slots(fresh, slots, buffer.slots)
             acknowledged = buffer.append(offset, data)
         finally:
             if not acknowledged:
-                core.need_area().slots.release(slots)
+                self._give_back(fresh, slots)
         if not acknowledged:
             await buffer.room()
             return _LOOK_AGAIN
         if fresh:
-            self._take_slots(fresh, slots, buffer.slots)
-            self._room.look_ahead()
+            with suppress(MemoryError):
+                self._room.look_ahead()
         return _ACKNOWLEDGED
+
+    def _give_back(self, fresh: Sequence[int], slots: Sequence[int]) -> None:
+        """Slots that were reserved for a write which is not acknowledged after all."""
+        for block in fresh:
+            self._buffer.slots.pop(block, None)
+        self._room.promised.difference_update(slots)
+        self._core.need_area().slots.release(slots)
 
     async def _leave_clean(self, offset: int, length: int) -> None:
         try:
