@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import trio
+import trio.testing
 from rig import (
     BLOCK,
     SMALLEST,
@@ -263,6 +264,25 @@ def test_without_room_in_shared_memory_writes_wait_for_their_copies(
     assert rig.log.ids("vsnapfs").count(1091) == 1
     assert content(rig) == NEW + OLD[BLOCK:]
     rig.run(look)
+
+
+def test_a_ring_whose_writer_is_given_up_before_it_is_named_is_not_kept_locked() -> None:
+    """Nobody would remove it before this process has ended; the next one is made in its place."""
+    rig = made()
+
+    async def give_up(volume: Volume) -> None:
+        before = set(rig.host.memory)
+        async with volume.core.area_lock, trio.open_nursery() as nursery:
+            nursery.start_soon(volume.buffer.start)
+            while set(rig.host.memory) == before:
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        await volume.buffer.start()
+        assert volume.buffer.ring is not None
+        assert set(rig.host.memory) == before | {volume.buffer.ring.name.ring_id}
+
+    rig.run(give_up)
 
 
 def _no_room(*_args: object) -> Ring:

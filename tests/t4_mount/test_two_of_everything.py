@@ -210,6 +210,31 @@ def test_what_a_container_acknowledged_is_not_lost_outside(base: Path, own_shm: 
 
 
 @needs_root
+def test_a_part_of_the_tmpfs_in_its_place_is_no_proof_that_a_ring_is_gone(base: Path) -> None:
+    """A sandbox sees a subdirectory of the machine's /dev/shm as its own, under the same device
+    number: closed there; outside nothing has been lost.
+    """
+    volume = base / "vol"
+    create_volume(volume, size=COUNT * 2 * BLOCK, diff_area_size=16 * MIB)
+    quiet(sys.executable, LEAVE, volume, str(COUNT))
+    assert rings(volume)
+    part = Path(tempfile.mkdtemp(prefix="vsnapfs-test-", dir="/dev/shm"))
+    try:
+        seen = quiet(
+            *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
+            'mount --bind "$0" /dev/shm && exec "$@"',
+            *(part, sys.executable, "-m", "vsnapfs", "recovery-point", "create", volume),
+        )
+    finally:
+        part.rmdir()
+    assert seen.returncode == 1, seen.stdout + seen.stderr
+    assert "cannot be seen from here" in seen.stderr
+    assert rings(volume)
+    vsnapfs("status", volume)
+    carried_out(volume)
+
+
+@needs_root
 def test_a_write_buffer_that_ended_with_its_container_can_be_given_up(
     base: Path, own_shm: OwnShm
 ) -> None:

@@ -145,12 +145,12 @@ class WriteBuffer:
             try:
                 async with core.area_lock:
                     await core.commit(ring=ring.name)
-            except FaultError:
+            except BaseException:  # Who waited for the lock may be given up.
                 ring.close()  # Perhaps it is named all the same. The next opening knows.
                 raise
             self.ring, self._retired = ring, False
             # Should the area be lost, nothing else would know of it.
-            with suppress(OSError):
+            with suppress(OSError, MemoryError):
                 await in_thread(self._protection.save)
             if old is not None:
                 await in_thread(store.remove, old)

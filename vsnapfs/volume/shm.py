@@ -130,10 +130,12 @@ class SharedMemory:
 
     def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.find`."""
-        here = False
+        here = seen = False
         for directory in self._directories:
             with suppress(OSError):
-                here |= directory.stat().st_dev == name.memory
+                if directory.stat().st_dev == name.memory:
+                    seen = True
+                    here |= _shows_all(directory)
             try:
                 fd = _open(_path(directory, name, volume_id))
             except (FileNotFoundError, NotADirectoryError):
@@ -147,7 +149,10 @@ class SharedMemory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
         raise Unusable(
-            f"it lies in another tmpfs (device {device}), the /dev/shm of a container or a service",
+            f"it may lie in a part of its tmpfs (device {device}) that cannot be seen from here"
+            if seen
+            else f"it lies in another tmpfs (device {device}), "
+            "the /dev/shm of a container or a service",
             "Open the volume where it was served, with the same /dev/shm.",
         )
 
@@ -219,6 +224,20 @@ class SharedMemory:
 
 def _path(directory: Path, name: RingName, volume_id: bytes) -> Path:
     return directory / f"vsnapfs-{volume_id.hex()}-{name.ring_id.hex()}"
+
+
+def _shows_all(directory: Path) -> bool:
+    """Whether the directory's mount begins at the root of its file system. A sandbox may have a
+    subdirectory of the machine's /dev/shm there, under the same device number. OSError.
+    """
+    fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    finally:
+        os.close(fd)
+    mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
+    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
+    return any(fields[0] == mount and fields[3] == "/" for fields in map(str.split, mounts))
 
 
 def _make(path: Path, size: int, name: RingName, volume_id: bytes) -> Ring:
