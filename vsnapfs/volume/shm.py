@@ -209,7 +209,7 @@ class SharedMemory:
                     f"this is a container, and its {directory} may end with it: what is in the "
                     "write buffer then is lost"
                 )
-            lines = Path("/proc/1/mountinfo").read_text().splitlines()
+            lines = os.fsdecode(Path("/proc/1/mountinfo").read_bytes()).splitlines()
         except OSError:
             return ""  # It cannot be told.
         wanted = f"{os.major(ours)}:{os.minor(ours)}"
