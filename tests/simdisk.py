@@ -207,6 +207,7 @@ class Host:
         #: Whether reads that must not wait find what they want.
         self.cached = False
         self._inodes = 0
+        self._copies = 0
         self._time = 0
 
     # -- files ----------------------------------------------------------------------------------
@@ -303,6 +304,29 @@ class Host:
         self.dead = True
         host = self._next({name: replace(f, locked=False) for name, f in self.files.items()})
         host.memory, host.boot = self.memory, self.boot
+        return host
+
+    def copied(self) -> Host:
+        """`cp -a` of all files at this instant: other inodes, the same shared memory."""
+        host = Host(self.capacity)
+        host.files = {
+            name: replace(
+                file,
+                inode=file.inode + 1000,
+                cache=file.cache.copy(),
+                disk=file.cache.copy(),
+                journal=[],
+                space=set(file.space),
+                written=set(file.written),
+                locked=False,
+            )
+            for name, file in self.files.items()
+        }
+        host.memory, host.locked_rings = self.memory, self.locked_rings
+        host.boot, host.tmpfs, host.device = self.boot, self.tmpfs, self.device
+        # Names of rings are random; here they are counted.
+        self._copies += 1
+        host._inodes = self._inodes + 1000 * self._copies
         return host
 
     def snapshot(self) -> Snapshot:

@@ -14,7 +14,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import precondition, rule
 from rig import Rig, acknowledged, attempt, read_points, write
-from simdisk import Host
 from test_state_machine import BufferedMachine, _run
 
 from vsnapfs.errors import VsnapError
@@ -30,29 +29,6 @@ def everything(rig: Rig) -> list[bytes]:
     """All bytes of all files and rings, as a process sees them."""
     files = [file.cache.read(0, file.cache.size) for file in rig.host.files.values()]
     return files + [bytes(memory) for memory in rig.host.memory.values()]
-
-
-def copied(rig: Rig) -> Rig:
-    """`cp -a` of the volume's directory, at this instant, on the same host."""
-    host = Host(1 << 50)
-    host.files = {
-        name: replace(
-            file,
-            inode=file.inode + 1000,
-            cache=file.cache.copy(),
-            disk=file.cache.copy(),
-            journal=[],
-            space=set(file.space),
-            written=set(file.written),
-            locked=False,
-        )
-        for name, file in rig.host.files.items()
-    }
-    host.memory, host.locked_rings = rig.host.memory, rig.host.locked_rings
-    host.boot, host.tmpfs, host.device = rig.host.boot, rig.host.tmpfs, rig.host.device
-    # Names of rings are random; here they are counted.
-    host._inodes = rig.host._inodes = rig.host._inodes + 1000
-    return rig.on(host)
 
 
 class TwoOfEverythingMachine(BufferedMachine):
@@ -86,7 +62,7 @@ class TwoOfEverythingMachine(BufferedMachine):
         """Opened, read and written beside the original: its points are exact, and no ring of the
         original's has changed.
         """
-        copy, rings = copied(self.rig), everything(self.rig)
+        copy, rings = self.rig.on(self.rig.host.copied()), everything(self.rig)
         offset = at * max(1, len(self.model.content) - 100) >> 16
         data = b"another replica"[: len(self.model.content) - offset]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -25,7 +24,7 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
-from simdisk import FOREVER, Host, PowerLoss
+from simdisk import FOREVER, PowerLoss
 
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
@@ -256,24 +255,8 @@ def test_a_write_buffer_that_was_given_up_stays_so_when_the_commit_of_that_fails
 
 
 def copied(rig: Rig) -> Rig:
-    """`cp -a` of the volume's directory, on the same host: other inodes, the same shared memory."""
-    host = Host(rig.host.capacity)
-    host.files = {
-        name: replace(
-            file,
-            inode=file.inode + 1000,
-            cache=file.cache.copy(),
-            disk=file.cache.copy(),
-            journal=[],
-            space=set(file.space),
-            written=set(file.written),
-            locked=False,
-        )
-        for name, file in rig.host.files.items()
-    }
-    host.memory, host.locked_rings = rig.host.memory, rig.host.locked_rings
-    host.boot, host._inodes = rig.host.boot, rig.host._inodes + 1000
-    return rig.on(host)
+    """`cp -a` of the volume's directory, on the same host."""
+    return rig.on(rig.host.copied())
 
 
 def test_a_copy_of_a_live_volume_leaves_its_ring_alone() -> None:
