@@ -294,6 +294,7 @@ class Host:
         host = Host(self.capacity)
         host.files = files
         host._inodes, host._time = self._inodes, self._time
+        host._copies = self._copies
         host.cached = self.cached
         host.tmpfs, host.device = self.tmpfs, self.device
         host.boot = self.boot + 1
@@ -308,11 +309,12 @@ class Host:
 
     def copied(self) -> Host:
         """`cp -a` of all files at this instant: other inodes, the same shared memory."""
-        host = Host(self.capacity)
+        host = Host()
+        self._copies += 1
         host.files = {
             name: replace(
                 file,
-                inode=file.inode + 1000,
+                inode=file.inode + 1000 * self._copies,
                 cache=file.cache.copy(),
                 disk=file.cache.copy(),
                 journal=[],
@@ -325,7 +327,6 @@ class Host:
         host.memory, host.locked_rings = self.memory, self.locked_rings
         host.boot, host.tmpfs, host.device = self.boot, self.tmpfs, self.device
         # Names of rings are random; here they are counted.
-        self._copies += 1
         host._inodes = self._inodes + 1000 * self._copies
         return host
 
