@@ -203,6 +203,8 @@ class Host:
         self.ring_problem: Exception | None = None
         #: The device that the files lie on.
         self.device = 1
+        #: The generation of all inodes: a file system gives a number once more.
+        self.born = 0
         self.boot = 1
         #: Whether reads that must not wait find what they want.
         self.cached = False
@@ -296,7 +298,7 @@ class Host:
         host._inodes, host._time = self._inodes, self._time
         host._copies = self._copies
         host.cached = self.cached
-        host.tmpfs, host.device = self.tmpfs, self.device
+        host.tmpfs, host.device, host.born = self.tmpfs, self.device, self.born
         host.boot = self.boot + 1
         return host
 
@@ -411,7 +413,7 @@ class SimStore:
         ring_id = self.host._inodes.to_bytes(16, "big")
         memory = self.host.memory[ring_id] = bytearray(size)
         name = RingName(ring_id, replica.device, replica.inode, self.host.tmpfs)
-        return self._locked(Ring.make(memory, name, volume_id))
+        return self._locked(Ring.make(memory, name, volume_id, born=replica.born))
 
     def _locked(self, ring: Ring) -> Ring:
         """Until it is closed, or its process has ended."""
@@ -598,7 +600,7 @@ class SimBacking:
         return Identity(self.host.device, file.inode, file.cache.size, file.ctime)
 
     def file_id(self) -> FileId:
-        return FileId(self.host.device, 0 if self.is_device else self.file.inode, 0)
+        return FileId(self.host.device, 0 if self.is_device else self.file.inode, 0, self.host.born)
 
     def forget_cache(self) -> None:
         """Clean pages are read from the disk again: what a failed sync lost shows now."""

@@ -20,6 +20,7 @@ import fcntl
 import os
 import stat
 import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -52,15 +53,21 @@ class Identity(NamedTuple):
     ctime_ns: int
 
 
+#: _IOR('v', 1, long), though the kernel fills in an int.
+_FS_IOC_GETVERSION = 0x80007601 | struct.calcsize("l") << 16
+
+
 class FileId(NamedTuple):
     """Which file it is, whatever its name: a copy of it is another one. owner: its user's number.
 
-    A block device is known by its own number, and has no inode: 0.
+    A block device is known by its own number, and has no inode: 0. born: the inode's generation,
+    which tells a file from a later one that got the same inode; 0 where that is not known.
     """
 
     device: int
     inode: int
     owner: int
+    born: int = 0
 
 
 class Removed(OSError):
@@ -434,7 +441,11 @@ class FileBacking:
         info = os.fstat(self._fd)
         if self.is_device:
             return FileId(info.st_rdev, 0, info.st_uid)
-        return FileId(info.st_dev, info.st_ino, info.st_uid)
+        born = bytearray(8)
+        with suppress(OSError):
+            fcntl.ioctl(self._fd, _FS_IOC_GETVERSION, born)
+        number = int.from_bytes(born[:4], sys.byteorder)
+        return FileId(info.st_dev, info.st_ino, info.st_uid, number)
 
     def forget_cache(self) -> None:
         """See `Backing.forget_cache`."""

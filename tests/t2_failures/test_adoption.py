@@ -295,6 +295,38 @@ def test_a_copy_of_a_live_volume_leaves_its_ring_alone() -> None:
     assert ids(rig, 1043) == 0
 
 
+def test_a_copy_that_got_the_inode_of_its_dead_original_is_a_copy() -> None:
+    """A backup put back after the original was deleted: what was acknowledged since the backup does
+    not come back in pieces.
+    """
+    rig = made()
+    rig.host.born = 5
+    backup: list[Rig] = []
+
+    async def serve(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        await volume.buffer.drain()
+        backup.append(copied(rig))
+        await write_at(volume, 0, NEWER)
+        await volume.buffer.drain()
+        await write_at(volume, BLOCK, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(serve)
+    rig.killed()
+    original, (copy,) = rig.host.files["replica"].inode, backup
+    rings = {name: bytes(memory) for name, memory in rig.host.memory.items()}
+    copy.host.files["replica"].inode = original
+    copy.host.born = 6
+    copy.host.locked_rings.clear()
+    assert content(copy) == NEW + OLD[BLOCK:]
+    assert ids(copy, 1049) == 1
+    copy.close()
+    assert {name: bytes(memory) for name, memory in copy.host.memory.items()} == rings
+
+
 def test_two_copies_of_a_closed_volume_have_a_ring_each() -> None:
     """Closing the one removes nothing of the other's."""
     rig = made()

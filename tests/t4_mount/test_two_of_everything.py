@@ -17,6 +17,7 @@ import pytest
 from house import ROOT
 from mounted_rig import MIB, Machine, Rig, alive, quiet, until, vsnapfs, write_all
 
+from vsnapfs.backing import FileBacking
 from vsnapfs.config import load
 from vsnapfs.volume.create import create_volume
 
@@ -162,6 +163,22 @@ def test_root_stays_out_of_a_strangers_ring(base: Path) -> None:
     os.chown(volume / "replica.img", NOBODY, NOBODY)
     vsnapfs("status", volume)
     carried_out(volume)
+
+
+@needs_root
+def test_an_inode_number_given_out_again_is_another_replica(base: Path) -> None:
+    """Where the file system counts the lives of an inode, each has a number of its own."""
+    kernel = base / "a"
+    seen = []
+    for _ in range(2):
+        backing = FileBacking.create(kernel)
+        seen.append(backing.file_id())
+        backing.close()
+        kernel.unlink()
+    first, second = seen
+    if not first.born:
+        pytest.skip("this file system does not tell")
+    assert first.inode != second.inode or first.born != second.born
 
 
 # -- two /dev/shm ---------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ Promises:
     our replica         that tmpfs is not here                     closed
     the same inode,     -                                          closed
     another device
-    another inode       -                                          1049, as after a power failure
+    another inode, or   -                                          1049, as after a power failure
+    of another birth
 """
 
 from __future__ import annotations
@@ -58,7 +59,12 @@ def adopt(
         return None
     try:
         _refuse_elsewhere(name, here)
-        return store.find(name, core.volume_id, here)
+        ring = store.find(name, core.volume_id, here)
+        if not here.born or ring.born in (0, here.born):
+            return ring
+        # The original is gone, and this copy of it, put back, has got the same inode.
+        ring.close()
+        event, reason, hint = 1049, "", ""
     except FileNotFoundError:
         event, reason, hint = 1043, "it is gone", ""
     except FormatError as error:
@@ -70,6 +76,9 @@ def adopt(
         if error.errno == errno.ENOMEM:
             raise MemoryError from error  # Any opening without memory is the same: fault 4.
         event, reason, hint = 0, error.strerror or str(error), ""
+    if event == 1049:
+        core.log.log("vsnapfs", event, volume=core.name, what=ring_id)
+        return None
     if event or give_up:
         core.log.log("vsnapfs", event or 1054, volume=core.name, what=ring_id, reason=reason)
         return None

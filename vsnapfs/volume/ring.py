@@ -14,6 +14,7 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
 
     0      head: xxh3-64 over it, magic, version, size, ring id, volume id, device and inode of the
            replica, device of the tmpfs
+    256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
     512    cursor, first copy      the oldest record not released: its sequence number and position
     1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
@@ -42,6 +43,7 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
+_BORN, _BORN_AT = struct.Struct("<QQ"), 256
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -124,10 +126,16 @@ class Ring:
         self._turn = 0  # which copy of the cursor is written next
 
     @classmethod
-    def make(cls, memory: Memory, name: RingName, volume_id: bytes, fd: int = -1) -> Ring:
-        """Lay out an empty ring. `memory` is all zeros, but for the head perhaps."""
+    def make(
+        cls, memory: Memory, name: RingName, volume_id: bytes, fd: int = -1, born: int = 0
+    ) -> Ring:
+        """Lay out an empty ring. `memory` is all zeros, but for the head perhaps. born: as in
+        `backing.FileId`, of the replica.
+        """
         head = head_of(len(memory), name, volume_id)
         memory[: len(head)] = head
+        number = born.to_bytes(8, "little")
+        memory[_BORN_AT : _BORN_AT + 16] = _hash(number).to_bytes(8, "little") + number
         ring = cls(memory, name, fd)
         ring._write_cursor(1, 0)
         return ring
@@ -151,6 +159,12 @@ class Ring:
         ring = cls(memory, name, fd, is_copy=is_copy)
         ring._find_cursor()
         return ring
+
+    @property
+    def born(self) -> int:
+        """Of the replica it was made for, as in `backing.FileId`; 0 if that is not known."""
+        check, born = _BORN.unpack_from(self.memory, _BORN_AT)
+        return born if check == _hash(born.to_bytes(8, "little")) else 0
 
     @property
     def is_unused(self) -> bool:

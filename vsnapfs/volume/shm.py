@@ -118,7 +118,8 @@ class SharedMemory:
             wanted = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
             while wanted >= min(size, LEAST_WRITE_BUFFER):
                 try:
-                    return _make(_path(directory, name, volume_id), wanted, name, volume_id)
+                    path = _path(directory, name, volume_id)
+                    return _make(path, wanted, name, volume_id, replica.born)
                 except OSError as error:
                     problem = error
                     # A container's share can be small: less is better than none.
@@ -240,7 +241,7 @@ def _shows_all(directory: Path) -> bool:
     return any(fields[0] == mount and fields[3] == "/" for fields in map(str.split, mounts))
 
 
-def _make(path: Path, size: int, name: RingName, volume_id: bytes) -> Ring:
+def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) -> Ring:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600)
     try:
@@ -250,7 +251,7 @@ def _make(path: Path, size: int, name: RingName, volume_id: bytes) -> Ring:
         fallocate(fd, 0, size)
         # Touched now, not by the writes: the first round would cost a page fault each 4 KiB.
         memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        return Ring.make(memory, name, volume_id, fd)
+        return Ring.make(memory, name, volume_id, fd, born)
     except BaseException as error:
         os.unlink(path)
         os.close(fd)
