@@ -292,7 +292,7 @@ SENTENCES: dict[tuple[str, int], str] = {
     ),
     ("vsnapfs", 1048): (
         "An operation on {the_volume}[, {what},] has ended whose client had left after it had"
-        " begun.[ It could not be carried out: {cause}.|It was carried out.]"
+        " begun. [It could not be carried out: {cause}.|It was carried out.]"
     ),
     ("vsnapfs", 1050): (
         "The replica of {the_volume} failed[ to carry out {what}][ at {range}].[ Cause: {cause}.]"
