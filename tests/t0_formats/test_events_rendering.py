@@ -59,6 +59,15 @@ def test_text_is_one_safe_line(lang: str) -> None:
         assert line.endswith("  " + render_message(some, lang))
 
 
+def test_english_sentences_are_apart() -> None:
+    """Whichever params are there, after a sentence comes a space and never the next letter."""
+    for entry in CATALOG.values():
+        for without in (*((name,) for name in FULL), *((name, "reason") for name in FULL)):
+            params = {name: value for name, value in FULL.items() if name not in without}
+            message = render_message(event(entry, params), "en")
+            assert not re.search(r"[a-z)}][.;:][A-Z]", message), message
+
+
 def test_text_has_columns() -> None:
     """Time, level, source and id, message: aligned, also with Japanese characters."""
     en = [render_text(event(CATALOG["volsnap", n], {}), "en") for n in (87, 24, 33)]

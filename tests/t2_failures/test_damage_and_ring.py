@@ -271,6 +271,30 @@ def test_a_file_that_is_cut_while_it_is_served_stays_cut(buffer: int) -> None:
     rig.run(go)
 
 
+@pytest.mark.parametrize("on_full", ["offline", "evict"])
+@pytest.mark.parametrize("met_by", ["a write", "a new point"])
+def test_no_point_is_taken_in_an_area_that_was_cut(on_full: str, met_by: str) -> None:
+    """A commit would pass, a copy would not: refused, and with `evict` `status` says why."""
+    rig = _served(on_full=on_full)
+    cut(rig, LAYOUT.slot_offset(1))
+
+    async def go(volume: Volume) -> None:
+        if met_by == "a write":
+            await attempt(write_at(volume, 5 * BLOCK, NEW[:BLOCK]))
+        for _ in range(2):
+            error = await attempt(volume.create_point())
+            assert isinstance(error, VsnapError)
+            assert error.exit_code == (3 if on_full == "offline" else 1)
+            assert volume.protection.is_online == (on_full == "evict")
+            assert len(volume.points) == (1 if on_full == "offline" else 0)
+            if on_full == "evict":
+                assert "--give-up-recovery-points" in error.hint
+                assert "cut short" in volume.status()["trouble"]
+                await write_at(volume, 0, NEW)
+
+    rig.run(go)
+
+
 def test_a_sector_that_rots_while_it_is_served_never_costs_a_point_a_byte() -> None:
     """Memory knows what lay in it: no block is preserved twice, and after a kill there is no
     copy made before the sector is back.

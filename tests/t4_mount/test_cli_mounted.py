@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mounted_rig import Machine
+from namespace import Namespace
 
 pytestmark = pytest.mark.needs_fuse
 MIB = 1 << 20
@@ -188,3 +190,20 @@ def test_a_mount_in_the_foreground_ends_with_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert errors == ""
     assert not os.path.ismount(place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root: a namespace")
+def test_a_volume_mounted_in_another_mount_namespace(machine: Machine) -> None:
+    """A container's, or that of a demo that was killed: what cannot work here says where it can."""
+    directory, place = machine.base / "vol", machine.base / "mnt"
+    place.mkdir()
+    vsnapfs("create", directory, "--size", "8MiB", "--diff-area-size", "2MiB")
+    there = Namespace(machine)
+    there.serve(directory, place)
+    pid = status(directory)["pid"]
+    for command in ("umount", "attach", "detach"):
+        said = vsnapfs(command, directory, code=1).stderr
+        assert f"{directory} is mounted in another mount namespace (process {pid})" in said
+        assert f"nsenter --mount --target {pid}" in said
+    there.end()
+    assert "is not mounted" in vsnapfs("umount", directory, code=1).stderr

@@ -9,7 +9,7 @@ import click
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import echo, note
 from vsnapfs.cli.params import volume_argument
-from vsnapfs.cli.volumes import find_mount, live_mount
+from vsnapfs.cli.volumes import find_mount, live_mount, mounted_elsewhere
 from vsnapfs.config import shown
 from vsnapfs.errors import VsnapError
 
@@ -27,7 +27,7 @@ def attach(volume: Path) -> None:
     """
     mount = live_mount(volume)
     if mount is None:
-        raise VsnapError(
+        raise mounted_elsewhere(volume) or VsnapError(
             f"{shown(volume)} is not mounted, so there is nothing to attach",
             hint=f"First: vsnapfs mount {shown(volume)} MOUNTPOINT",
             code="not-mounted",
@@ -63,7 +63,7 @@ def detach(volume: Path) -> None:
     mount = find_mount(volume)
     devices = [] if mount is None else mounts.loop_devices(mount.mountpoint)
     if not devices:
-        raise VsnapError(
+        raise (mounted_elsewhere(volume) if mount is None else None) or VsnapError(
             f"no loop device is attached to {shown(volume)}",
             hint="`losetup --list` shows the loop devices of this machine; one whose mount is gone "
             "is detached with `losetup --detach DEVICE`.",

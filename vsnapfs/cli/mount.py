@@ -10,7 +10,7 @@ import click
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import confirm, note, warn
 from vsnapfs.cli.params import FileType, SizeType, VolumeNameType, lang_option, volume_argument
-from vsnapfs.cli.volumes import find_mount, find_volume
+from vsnapfs.cli.volumes import find_mount, find_volume, mounted_elsewhere
 from vsnapfs.config import DURABILITIES, Durability, check_write_buffer, shown
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
@@ -145,7 +145,7 @@ def umount(volume: str) -> None:
     found = find_mount(Path(os.path.abspath(volume)))
     if found is None:
         directory = find_volume(volume)  # says so if it is not even a volume
-        raise VsnapError(
+        raise mounted_elsewhere(directory) or VsnapError(
             f"{shown(directory)} is not mounted",
             hint="`vsnapfs status` lists the mounted volumes.",
             code="not-mounted",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vsnapfs import config
+from vsnapfs.config import shown
 from vsnapfs.errors import UsageError, VsnapError
 
 if TYPE_CHECKING:
@@ -67,3 +68,24 @@ def live_mount(volume: Path) -> Mount | None:
     """Where the volume is mounted and served, None when it is not (or its server has died)."""
     mount = find_mount(volume)
     return None if mount is None or mount.stale else mount
+
+
+def mounted_elsewhere(volume: Path) -> VsnapError | None:
+    """What to say of a volume that is mounted where this process cannot see it; else None."""
+    from vsnapfs.daemon import client
+
+    pid = client.server_pid(volume)
+    if not pid or not _in_another_namespace(pid):
+        return None
+    return VsnapError(
+        f"{shown(volume)} is mounted in another mount namespace (process {pid})",
+        hint=f"Go there: nsenter --mount --target {pid}. SIGTERM to that process unmounts it.",
+        code="mounted-elsewhere",
+    )
+
+
+def _in_another_namespace(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+    except OSError:
+        return False  # It has ended, or is another user's.

@@ -168,6 +168,7 @@ class Points:
 
         async def commit() -> None:
             async with core.area_lock:
+                core.need_area().require_sound()  # Or its first copy would be the next failure.
                 core.admin.begin()
                 await core.commit(points=(*core.points, point), epoch=point.number)
 

@@ -166,6 +166,8 @@ class Policy:
             except FaultError as failure:
                 return failure
         area = core.need_area()
+        if self._failure is None and not area.is_sound:
+            self._failure = error  # A commit passes, a copy never will.
         if points:
             core.log.log(
                 "volsnap",
