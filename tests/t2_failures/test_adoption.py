@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from unittest import mock
 
 import pytest
@@ -620,3 +620,36 @@ def test_a_write_is_refused_wholly_or_acknowledged_wholly(where: str) -> None:
     refused = rig.run(go)
     rig.killed()
     assert content(rig) == (OLD if refused else NEW + OLD[BLOCK:])
+
+
+@pytest.mark.parametrize("stop", range(60))
+def test_a_ring_is_known_to_the_state_file_before_anything_lies_in_it(stop: int) -> None:
+    """Killed at any instant of the first writes, and the area lost as well: what was acknowledged
+    is carried out when the points are given up.
+    """
+    rig = made()
+    acknowledged_until: list[int] = []
+
+    async def write_some(volume: Volume) -> None:
+        async def one(block: int) -> None:
+            await write_at(volume, block * BLOCK, NEW)
+            acknowledged_until.append(block)
+
+        rig.host.stop_at = rig.host.operations + stop
+        async with trio.open_nursery() as nursery:
+            for block in range(4):
+                nursery.start_soon(one, block)
+        rig.host.stop_at = rig.host.operations
+
+    with suppress(PowerLoss):
+        rig.run(write_some)
+    rig.killed()
+    rig.host.remove("area")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        found = acknowledged(rig, volume)
+        for block in acknowledged_until:
+            assert found[block * BLOCK : (block + 1) * BLOCK] == NEW
+
+    _without_points(rig, give_up)

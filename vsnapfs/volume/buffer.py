@@ -148,10 +148,10 @@ class WriteBuffer:
             except BaseException:  # Who waited for the lock may be given up.
                 ring.close()  # Perhaps it is named all the same. The next opening knows.
                 raise
-            self.ring, self._retired = ring, False
-            # Should the area be lost, nothing else would know of it.
+            # Should the area be lost, nothing else would know of it. Before anything lies in it.
             with suppress(OSError, MemoryError):
                 await in_thread(self._protection.save)
+            self.ring, self._retired = ring, False
             if old is not None:
                 await in_thread(store.remove, old)
                 old.close()
