@@ -96,7 +96,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A Backend in the place of vsnapfs.daemon."""
     made = Backend()
     modules = {
-        "client": {"call": made.call},
+        "client": {"call": made.call, "server_pid": lambda _volume: None},
         "mounts": {
             "find_mounts": lambda: list(made.mounts),
             "loop_devices": lambda mountpoint: made.loops.get(mountpoint, []),

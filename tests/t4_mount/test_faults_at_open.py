@@ -209,7 +209,9 @@ def test_rot_in_one_preserved_block_harms_only_that(machine: Machine) -> None:
 
 
 def test_a_truncated_diff_area(machine: Machine) -> None:
-    """Cut off inside its blocks: fault 3, `repair`. Inside the superblocks: refused as no area."""
+    """Cut off inside its blocks: fault 3, `repair`. Inside the superblocks: refused as no area,
+    with a way out that works.
+    """
     rig, _ = prepared(machine)
     os.truncate(rig.area, rig.area.stat().st_size - MIB)
     rig.mount()
@@ -222,6 +224,11 @@ def test_a_truncated_diff_area(machine: Machine) -> None:
     os.truncate(rig.area, 100_000)
     said = vsnapfs("mount", rig.directory, rig.place, code=1)
     assert "is no diff area: it has only 100000 bytes" in said
+    assert "move away what lies there and mount" in said
+    rig.area.rename(rig.area.with_name("was-cut"))
+    rig.mount()
+    vsnapfs("online", rig.directory, "--give-up-recovery-points", "--yes")
+    assert rig.status()["state"] == "online"
 
 
 # ---- fault 12, event 91 -------------------------------------------------------------------------

@@ -83,6 +83,8 @@ def stays_closed(volume: Path, base: Path, reason: str) -> None:
     before = {path.name: path.read_bytes() for path in volume.iterdir() if path.is_file()}
     text = vsnapfs("status", volume, code=1)
     assert "closed" in text
+    assert "no write buffer" not in text
+    assert "nothing in the write buffer" not in text
     assert reason in text
     (found,) = json.loads(quiet(sys.executable, "-m", "vsnapfs", "status", volume, "--json").stdout)
     assert found["state"] == "closed"

@@ -182,6 +182,8 @@ def _timed(entry: dict[str, Any]) -> str:
 
 def _buffer(status: dict[str, Any]) -> str:
     buffer = status.get("write_buffer") or {}
+    if status.get("state") == "closed":
+        return ""  # `trouble` says what became of it.
     if buffer.get("state") == "off":
         return f"; no write buffer: {buffer.get('reason', '?')}"
     if not buffer.get("writes"):

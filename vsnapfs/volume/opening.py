@@ -226,6 +226,14 @@ def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
     area.boot = boot
 
 
+#: It may be somebody else's file: nothing of ours overwrites it, not even giving up the points.
+_NOT_OURS = (
+    "Put the diff area back in its place. If it is lost for good, move away what lies there and "
+    "mount: the volume is offline by fault 1, and 'vsnapfs online --give-up-recovery-points' "
+    "starts an empty one."
+)
+
+
 def _open_area(
     backing: Backing, replica: Backing, volume_id: bytes, saved: SavedState
 ) -> tuple[DiffArea, Report]:
@@ -235,6 +243,8 @@ def _open_area(
         # Where points were being given up, a short file is what a stop has left of the new area.
         begun = saved.offline and saved.given_up >= saved.epoch
         if error.code not in _DAMAGE and not (begun and error.code == "truncated"):
+            if not error.hint:
+                error.hint = _NOT_OURS
             raise
         raise FaultError(FaultCode.META_DATA_CORRUPTION, error.message) from error
     except MemoryError as error:
