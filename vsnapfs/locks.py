@@ -63,7 +63,10 @@ def open_file(path: Path, access: int, *, follow: bool) -> int:
 
 
 def _neither(path: Path) -> VsnapError:
-    return VsnapError(f"{path} is neither a file nor a block device")
+    return VsnapError(
+        f"{path} is neither a file nor a block device",
+        hint="Move it away, and bring back what was there.",
+    )
 
 
 def open_locked(path: Path, *, follow: bool) -> int:
