@@ -470,8 +470,10 @@ class FileBacking:
 
     def close(self) -> None:
         """See `Backing.close`. May be called twice."""
-        if self._fd >= 0:
+        # First of all it counts as closed: whoever watches the file is told of the end of our
+        # opening for writing, and must not take it for somebody else's.
+        fd, lock, self._fd, self._lock = self._fd, self._lock, -1, -1
+        if fd >= 0:
             # The locks last: who gets them next finds it open for writing by nobody.
-            os.close(self._fd)
-            os.close(self._lock)
-            self._fd = self._lock = -1
+            os.close(fd)
+            os.close(lock)

@@ -238,7 +238,7 @@ class Play:
     async def create(self) -> BaseException | None:
         """Take a recovery point."""
         before = self._same()
-        number = self.volume.core.need_area().superblock.epoch + 1
+        number = self.volume.points_service._next_number()
         assert number > before.newest
         content = bytes(self.content)
 
@@ -250,9 +250,21 @@ class Play:
         if error is None:
             self.points[number] = content
             after = replace(before, sectors=sectors_of(content), newest=number)
-        assert set(self.points) == {point.number for point in self.volume.points}
-        self._answered(replace(before, may={number: content}), after)
+        gone = self._given_up()
+        must = {n: held for n, held in before.must.items() if n not in gone}
+        during = replace(before, must=must, may={number: content, **gone})
+        self._answered(during, after, sure=bool(gone))
         return error
+
+    def _given_up(self) -> dict[int, bytes]:
+        """Points that policy evict has given up meanwhile, taken out of the account."""
+        live = {point.number for point in self.volume.points}
+        gone = {n: content for n, content in self.points.items() if n not in live}
+        assert not gone or self.rig.config.on_full == "evict", f"points {set(gone)} are gone"
+        for number in gone:
+            del self.points[number]
+        assert set(self.points) == live
+        return gone
 
     async def delete(self, number: int) -> BaseException | None:
         """Delete a recovery point."""

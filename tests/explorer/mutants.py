@@ -415,7 +415,7 @@ def acknowledged_is_overwritten_at_once(patch: Patch) -> None:
 def flush_forgets_the_buffer(patch: Patch) -> None:
     """A flush syncs the replica, not what was acknowledged and is not there yet."""
 
-    async def broken(self: WriteBuffer) -> None:
+    async def broken(self: WriteBuffer, wanted: int | None = None) -> None:
         return None
 
     patch(WriteBuffer, "drain", broken)
