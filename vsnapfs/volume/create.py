@@ -377,7 +377,10 @@ def _make_state(plan: _Plan, path: Path, area: DiffArea, volume_id: bytes) -> No
             block_size=area.layout.block_size,
             generation=area.superblock.generation,
         )
-        StateFile(backing, volume_id).save(state)
+        file = StateFile(backing, volume_id)
+        file.save(state)
+        if file.incomplete is not None:
+            raise file.incomplete
     finally:
         backing.close()
 

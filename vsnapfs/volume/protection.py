@@ -256,13 +256,25 @@ class Protection:
             ) from error
 
     async def take_offline(self) -> None:
-        """The administrator's `offline`: no fault, same refusal. Nothing if it is offline."""
+        """The administrator's `offline`: no fault, same refusal. Nothing if it is offline.
+
+        VsnapError if only this process knows: a superblock records faults, not this.
+        """
         if not self.is_online:
             return
         self.fault = None
         self._go_down()
         await self.persist()
         self._core.log.log("vsnapfs", 1020, volume=self._core.name)
+        if not self.saved.offline:
+            raise VsnapError(
+                f"volume {self._core.name} is offline, but only until it is opened anew: "
+                f"{self.trouble or 'that could not be written down'}",
+                hint="Mend the disk or the file system that holds the state file, then try "
+                "'vsnapfs online' and 'vsnapfs offline' again.",
+                errno=errno.EIO,
+                code="not-recorded",
+            )
 
     # -- coming back ----------------------------------------------------------------------------
 
@@ -317,8 +329,14 @@ class Protection:
                 boot=area.superblock.boot,
             )
         with self._core.admin.waits_for("a write to the state file"):
-            self._core.state_file.save(state)
+            file = self._core.state_file
+            known = file.incomplete
+            file.save(state)
         self.saved = state
+        if file.incomplete is not None and known is None:
+            with suppress(MemoryError):
+                text = f"one of the two copies in the state file is bad: {file.incomplete}"
+                self._core.log.log("vsnapfs", 1091, volume=self._core.name, reason=text)
 
     def would_fit(self) -> str | None:
         """A warning if the write that faulted would still not fit, else None."""

@@ -2,7 +2,9 @@
 
 Owns its 8 KiB: two checksummed copies of 4 KiB, preallocated when the volume is created and
 overwritten in place, one after the other, each synced. Promise: what `save` returned from is
-found by the next `load`, whatever happens; a torn copy leaves the other one.
+found by the next `load`, whatever happens; a torn copy leaves the other one. What is durable in
+one copy is saved, even if the other cannot be written: `load` would find it. The only good copy is
+not overwritten, so the next `save` fails if that is still so.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ class StateFile:
         self._sequence = 0
         #: The copy to write first: never the only good one, or a power failure could leave none.
         self._first = 0
+        #: Why the last `save` could write one copy only, None if it wrote both.
+        self.incomplete: OSError | MemoryError | None = None
 
     def load(self) -> SavedState:
         """The newest valid copy. FormatError if there is none; OSError if it cannot be read."""
@@ -107,13 +111,23 @@ class StateFile:
         return copies, problem
 
     def save(self, state: SavedState) -> None:
-        """Write both copies, each synced. OSError when that fails."""
+        """Write both copies, each synced. OSError if not even the first could be, see `incomplete`
+        for the second.
+        """
         self._sequence += 1
         data = _encode(state, self._volume_id, self._sequence)
-        for copy in (self._first, 1 - self._first):
-            self._first = copy  # Until it is durable it is the doubtful one.
-            self.backing.write(copy * COPY_SIZE, data)
-            self.backing.sync()
+        second = 1 - self._first
+        self._write(self._first, data)
+        self.incomplete = None
+        try:
+            self._write(second, data)
+        except (OSError, MemoryError) as error:
+            self.incomplete = error  # It counts all the same: nobody may be told that it does not.
+
+    def _write(self, copy: int, data: bytes) -> None:
+        self._first = copy  # Until it is durable it is the doubtful one.
+        self.backing.write(copy * COPY_SIZE, data)
+        self.backing.sync()
 
 
 def is_state(path: Path) -> bool:

@@ -298,6 +298,8 @@ class Volume:
             if not wrong:
                 return
             await in_thread(protection.save_as_it_is)
+            if self.core.state_file.incomplete is not None:
+                return
             self._log_healed(self.account.state_is_healed(wrong))
 
     async def _offline_at_open(self, error: FaultError) -> None:
