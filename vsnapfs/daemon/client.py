@@ -229,7 +229,8 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
         pid = _peer_pid(connection)
         try:
             with ctrl_c.reacting(talk.hang_up):
-                talk.request(op, request.params)
+                with suppress(ConnectionError):  # What it said before it hung up is still there.
+                    talk.request(op, request.params)
                 for answer in talk.answers():
                     if "result" in answer:
                         return answer["result"]
