@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -471,6 +473,24 @@ def test_who_waits_is_served_once_the_loop_goes_on(hanging: Running, here: Openi
     assert said
     assert "hangs" in said[0]
     assert [point.label for point in hanging.volume.points] == ["", "after"]
+
+
+def test_who_has_waited_for_long_is_served_as_well(
+    hanging: Running, here: Openings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long the loop stood still does not count as time that somebody else had the lock."""
+    here.locked_until = float("inf")  # as the server has it
+    later = 0.0
+
+    def say(_sentence: str) -> None:
+        nonlocal later
+        later = 1000.0
+        hanging.go_on.set()  # type: ignore[attr-defined]
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later, sleep=time.sleep)
+    monkeypatch.setattr(client, "time", clock)
+    monkeypatch.setattr(client, "_LOCK_SECONDS", 60.0)
+    assert client.call(hanging.directory, "rp_create", label="after", say=say)["label"] == "after"
 
 
 # --- the client's side ---------------------------------------------------------------------------
