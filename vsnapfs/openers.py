@@ -216,10 +216,11 @@ def _file_system(pid: int, mount: str) -> str:
 
 def _mountinfo(pid: int) -> Iterator[list[str]]:
     try:
-        text = (_PROC / str(pid) / "mountinfo").read_text(errors="surrogateescape")
+        # As bytes: only "\n" ends a line, names may hold "\r" and the like.
+        text = os.fsdecode((_PROC / str(pid) / "mountinfo").read_bytes())
     except OSError:
         return
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = line.split(" ")
         if len(fields) > 5:
             yield fields

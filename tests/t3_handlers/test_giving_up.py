@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -400,6 +402,35 @@ def test_status_is_answered_while_the_loop_stands_still(hanging: Running) -> Non
         assert held
 
 
+def test_who_has_to_give_way_may_say_something_just_then(hanging: Running) -> None:
+    """A newcomer takes the place of one that is heard or hangs up in the same moment."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(hanging.connect()) for _ in range(standby.MAX_CONNECTIONS)]
+        assert wait_for(lambda: len(_standby()._callers) == standby.MAX_CONNECTIONS)
+        # Both must be found in one look.
+        look = _standby()._one_round
+        looking, look_on = threading.Event(), threading.Event()
+
+        def later() -> None:
+            looking.set()
+            look_on.wait()
+            look()
+
+        _standby()._one_round = later  # type: ignore[method-assign]
+        assert looking.wait(30)
+        held[0].close()
+        stack.enter_context(hanging.connect())
+        look_on.set()
+        assert ask(hanging, {"op": "status"})[0] == {"accepted": "status"}
+
+
+def _standby() -> standby.Standby:
+    """The one that stands in for the loop."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "standby")
+    found: standby.Standby = thread._target.__self__  # type: ignore[attr-defined]
+    return found
+
+
 def test_the_rest_is_told_in_time_and_not_done(
     hanging: Running, here: Openings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +473,24 @@ def test_who_waits_is_served_once_the_loop_goes_on(hanging: Running, here: Openi
     assert said
     assert "hangs" in said[0]
     assert [point.label for point in hanging.volume.points] == ["", "after"]
+
+
+def test_who_has_waited_for_long_is_served_as_well(
+    hanging: Running, here: Openings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long the loop stood still does not count as time that somebody else had the lock."""
+    here.locked_until = float("inf")  # as the server has it
+    later = 0.0
+
+    def say(_sentence: str) -> None:
+        nonlocal later
+        later = 1000.0
+        hanging.go_on.set()  # type: ignore[attr-defined]
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later, sleep=time.sleep)
+    monkeypatch.setattr(client, "time", clock)
+    monkeypatch.setattr(client, "_LOCK_SECONDS", 60.0)
+    assert client.call(hanging.directory, "rp_create", label="after", say=say)["label"] == "after"
 
 
 # --- the client's side ---------------------------------------------------------------------------
@@ -493,6 +542,28 @@ def test_ctrl_c_says_what_becomes_of_it(tmp_path: Path, reply: bytes, words: str
     assert ("status" in caught.value.hint) == ("begun and" in words or "may" in words)
     assert gone.is_set()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_was_said_before_it_hung_up_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Openings
+) -> None:
+    """A refusal that comes, with the end, before the request could be sent is the error."""
+    monkeypatch.setattr(client, "_LOCK_SECONDS", 0.0)
+    here.locked_until = float("inf")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "control.sock"))
+    listener.listen()
+    send = client.Talk.request
+
+    def refused_first(talk: client.Talk, op: str, params: Any) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(control.encode({"error": clients.too_many().to_json()}))
+        send(talk, op, params)
+
+    monkeypatch.setattr(client.Talk, "request", refused_first)
+    with listener, pytest.raises(VsnapError, match="too many clients"):
+        client.call(tmp_path, "rp_delete", point=1)
 
 
 def test_ctrl_c_while_looking_is_only_that(server: Running) -> None:

@@ -253,3 +253,33 @@ def test_a_loop_device_is_found_by_its_inode(machine: Machine) -> None:
     (machine.base / "gone").unlink()
     found = {loop.device for loop in openers.loops(openers.File(fd, file))}
     assert found == {devices[0], devices[2]}
+
+
+_SEE = """
+import os, sys
+from pathlib import Path
+from vsnapfs import openers
+from vsnapfs.daemon import mounts
+from vsnapfs.volume import shm
+place = Path(sys.argv[1])
+assert mounts.top_mount(place) is not None
+(place / "file").touch()
+fd = os.open(place / "file", os.O_RDWR)
+found = openers.File(fd, place / "file")
+assert found.file_system == "{0}:{1}".format(os.major(found.device), os.minor(found.device))
+assert openers._mount_of(str(place / "file")) == (found.file_system, "tmpfs")
+assert openers._mount_of("/")[0] != "-"
+shm._shows_all(Path("/dev/shm"))
+"""
+
+
+def test_a_mount_may_have_any_name(tmp_path: Path) -> None:
+    """What other tables end a line with may be in a mountpoint's name: every mount is seen."""
+    place = tmp_path / "a\r\rb\x0b\x0b\x0c\x1cc\u0085d\u2028\u2028e"
+    place.mkdir()
+    command = 'mount -t tmpfs / "$1" && exec "$2" -c "$3" "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command, "sh", place, sys.executable, _SEE],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -61,7 +61,14 @@ Say = Callable[[str], None]
 
 
 class _NotServed(Exception):
-    """Nobody answers, or the server ended before it began the operation."""
+    """Nobody answers, or the server ended before it began the operation.
+
+    was_there: it said something before it hung up.
+    """
+
+    def __init__(self, *, was_there: bool = False) -> None:
+        super().__init__()
+        self.was_there = was_there
 
 
 class _Locked(Exception):
@@ -95,8 +102,10 @@ def call(
         while True:
             try:
                 return _ask(folder, request, ctrl_c)
-            except _NotServed:
-                pass
+            except _NotServed as nobody:
+                if nobody.was_there:
+                    # It may have waited for long, for a host that hung: now it is asked anew.
+                    give_up = time.monotonic() + _LOCK_SECONDS
             if ctrl_c.count:
                 raise interrupted(request.operation, NOT_BEGUN)
             if op in _SERVER_ONLY:
@@ -229,7 +238,8 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
         pid = _peer_pid(connection)
         try:
             with ctrl_c.reacting(talk.hang_up):
-                talk.request(op, request.params)
+                with suppress(ConnectionError):  # What it said before it hung up is still there.
+                    talk.request(op, request.params)
                 for answer in talk.answers():
                     if "result" in answer:
                         return answer["result"]
@@ -263,7 +273,7 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
         fate = talk.fate(pid)
         raise interrupted(request.operation, fate, hint if fate is not NOT_BEGUN else "")
     if not talk.accepted or (talk.tells_begin and not talk.begun):
-        raise _NotServed
+        raise _NotServed(was_there=talk.heard)
     raise VsnapError(
         f"the process that serves {shown(folder)} ended during {op}",
         hint="Whether it was carried out is not known; its log is server.log there.",

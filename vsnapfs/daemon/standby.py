@@ -134,7 +134,9 @@ class Standby:
         self._callers[connection.fileno()] = _Caller(connection)
 
     def _hear(self, number: int) -> None:
-        caller = self._callers[number]
+        caller = self._callers.get(number)
+        if caller is None:
+            return  # it has just had to give way
         try:
             data = b"" if caller.has_asked else caller.connection.recv(_MAX_REQUEST)
         except OSError:

@@ -25,6 +25,7 @@ class Talk:
         self._connection = connection
         self._longest = longest
         self._buffer = bytearray()
+        self.heard = False  # anything at all
         self.accepted = False
         self.tells_begin = False  # a server from before there was "begun" does not
         self.begun = False
@@ -58,6 +59,7 @@ class Talk:
             del self._buffer[: end + 1]
             looked = 0
             answer = _understand(line)
+            self.heard = True
             self.accepted = self.accepted or "accepted" in answer
             self.tells_begin = self.tells_begin or answer.get("begins") is True
             self.begun = self.begun or answer.get("begun") is True

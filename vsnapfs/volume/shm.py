@@ -210,12 +210,11 @@ class SharedMemory:
                     f"this is a container, and its {directory} may end with it: what is in the "
                     "write buffer then is lost"
                 )
-            lines = os.fsdecode(Path("/proc/1/mountinfo").read_bytes()).splitlines()
+            lines = os.fsdecode(Path("/proc/1/mountinfo").read_bytes()).split("\n")
         except OSError:
             return ""  # It cannot be told.
         wanted = f"{os.major(ours)}:{os.minor(ours)}"
-        mounts = [line.split() for line in lines]
-        if any(fields[2] == wanted for fields in mounts if len(fields) > 4):
+        if any(fields[2:3] == [wanted] for fields in _fields(lines)):
             return ""
         return (
             f"{directory} is not the machine's own, and may end with this service or container: "
@@ -237,8 +236,13 @@ def _shows_all(directory: Path) -> bool:
     finally:
         os.close(fd)
     mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
-    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
-    return any(fields[0] == mount and fields[3] == "/" for fields in map(str.split, mounts))
+    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
+    return any(fields[:1] == [mount] and fields[3] == "/" for fields in _fields(mounts))
+
+
+def _fields(mountinfo: list[str]) -> list[list[str]]:
+    # No other kind of blank ends a line or a field: whoever mounts may have it in a name.
+    return [line.split(" ") for line in mountinfo]
 
 
 def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) -> Ring:
