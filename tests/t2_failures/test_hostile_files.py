@@ -406,3 +406,23 @@ def test_a_claim_of_terabytes_costs_nothing(vol: Path) -> None:
 async def _status(volume: Volume) -> dict[str, Any]:
     await trio.lowlevel.checkpoint()
     return volume.status()
+
+
+@pytest.mark.parametrize("why", ["replica-changed", "foreign-area"])
+def test_an_opening_that_is_refused_leaves_no_empty_state_file(tmp_path: Path, why: str) -> None:
+    """Nothing has changed then: a state file that was moved away is still missing."""
+    volume = tmp_path / "vol"
+    create_volume(volume, size=1 << 20, diff_area_size=8 << 20)
+    if why == "replica-changed":
+        os.utime(volume / "replica.img", (1, 1))
+    else:
+        (volume / "diff-area").write_bytes(b"somebody else's" * 100_000)
+    (volume / "state").unlink()
+    before = {path.name for path in volume.iterdir()}
+
+    async def open_it() -> None:
+        with pytest.raises(VsnapError):
+            await Volume.open(volume)
+
+    trio.run(open_it)
+    assert {path.name for path in volume.iterdir()} - {"events.jsonl"} == before - {"events.jsonl"}

@@ -47,6 +47,11 @@ class Opened:
     store: RingStore | None = None
     buffer_size: int = DEFAULT_WRITE_BUFFER
     onlookers: Onlookers | None = None
+    new_state: bool = False
+
+    def leave_no_empty_state(self) -> None:
+        """The opening has come to nothing: what it began is not there for the next one."""
+        _remove_if_empty(self.core.state_file.backing, self.new_state)
 
 
 def open_files(
@@ -59,6 +64,7 @@ def open_files(
     config = load(directory)
     paths = VolumePaths(directory, config)
     opened: list[Backing] = []
+    new_state = False
     try:
         replica: Backing = _open_replica(paths, config)
         opened.append(replica)
@@ -91,8 +97,16 @@ def open_files(
         )
     except BaseException:
         for backing in opened:
+            if backing.path == paths.state:
+                _remove_if_empty(backing, new_state)
             backing.close()
         raise
+
+
+def _remove_if_empty(state: Backing, new: bool) -> None:
+    with suppress(OSError):
+        if new and isinstance(state, FileBacking) and not any(state.read(0, STATE_SIZE)):
+            state.path.unlink()
 
 
 def _open_backing(path: Path, configured: str) -> FileBacking:
@@ -214,7 +228,7 @@ def open_core(
     )
     if report is not None and report.replica_error is not None:
         core.replica_failed, core.replica_error = True, report.replica_error
-    return Opened(core, saved, problem, report, warnings, state_problem, store)
+    return Opened(core, saved, problem, report, warnings, state_problem, store, new_state=new_state)
 
 
 def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:

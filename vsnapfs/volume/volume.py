@@ -158,6 +158,7 @@ class Volume:
                 )
             except BaseException:
                 opened.onlookers.stop()
+                opened.leave_no_empty_state()
                 close_files(opened.core)
                 opened.core.log.close()  # type: ignore[attr-defined]
                 raise
