@@ -331,6 +331,24 @@ def test_a_look_that_fails_ends_nothing(vol: Path, monkeypatch: pytest.MonkeyPat
         served.use()
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "no more"), MemoryError()])
+def test_inotify_that_fails_later_ends_nothing(
+    vol: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The volume is served and closed as ever, and `status` says that nobody is noticed."""
+
+    def fails(_self: inotify.Inotify) -> None:
+        raise error
+
+    with serving(vol) as served:
+        monkeypatch.setattr(inotify.Inotify, "read", fails)
+        write(vol / "replica.img")
+        until(lambda: client.call(vol, "status")["unwatched"])
+        assert type(error).__name__ in client.call(vol, "status")["unwatched"]
+        served.use()
+    assert client.call(vol, "rp_list") == []
+
+
 def test_more_openings_than_the_kernel_keeps(vol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue that ran over had writers in it: that much is told."""
     monkeypatch.setattr(inotify.Inotify, "read", lambda _self: [(-1, inotify.OVERFLOW)])
