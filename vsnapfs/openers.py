@@ -28,6 +28,7 @@ _LOOP_INFO_SIZE = 232
 _PATIENCE = 1.0
 #: Loop devices that have been asked and have not answered yet.
 _asking: set[str] = set()
+_Mounts = dict[str, tuple[str, str]]
 
 
 class Writer(NamedTuple):
@@ -257,39 +258,47 @@ def loops(file: File) -> list[Loop]:
     if not file.is_regular:
         return []
     found = []
+    mounts = _mount_points()  # Read once: there may be thousands, and as many loop devices.
     for device, backing in attached():
         same = backing in file.names or (
             # Another file system may not answer.
-            _mount_of(backing)[0] == file.file_system != "" and file.is_at(backing)
+            _mount_of(backing, mounts)[0] == file.file_system != "" and file.is_at(backing)
         )
-        if same or (_may_be(backing, file) and _asked(device, file)):
+        if same or (_may_be(backing, file, mounts) and _asked(device, file)):
             found.append(_described(device))
     return found
 
 
-def _may_be(backing: str, file: File) -> bool:
+def _may_be(backing: str, file: File, mounts: _Mounts) -> bool:
     """Whether a name that leads elsewhere, or nowhere, may still mean the file.
 
     It may if it is gone, or if its last part is the same: the directories above can have other
     names in another mount namespace. What is on FUSE here is known to be something else.
     """
     path = backing.removesuffix(_DELETED)
-    file_system, kind = _mount_of(path)
+    file_system, kind = _mount_of(path, mounts)
     if kind.startswith("fuse"):
         return False
     last = {os.path.basename(name) for name in file.names}
     return os.path.basename(path) in last or (backing != path and file_system == file.file_system)
 
 
-def _mount_of(path: str) -> tuple[str, str]:
-    """(file system as "major:minor", its type) that a path of this namespace lies on."""
-    best, found = "", ("", "")
-    for fields in _mountinfo(os.getpid()):
-        point = _unescaped(fields[4])
-        inside = path == point or path.startswith(f"{point.rstrip('/')}/")
-        if inside and len(point) >= len(best):  # later ones hide earlier ones
-            best, found = point, (fields[2], fields[fields.index("-") + 1])
-    return found
+def _mount_points() -> _Mounts:
+    """By mountpoint, (file system as "major:minor", its type) of each mount of this namespace."""
+    # Later ones hide earlier ones.
+    return {
+        _unescaped(fields[4]): (fields[2], fields[fields.index("-") + 1])
+        for fields in _mountinfo(os.getpid())
+    }
+
+
+def _mount_of(path: str, mounts: _Mounts) -> tuple[str, str]:
+    """What an absolute path lies on."""
+    while path.startswith("/"):
+        if path in mounts or path == "/":
+            return mounts.get(path, ("", ""))
+        path = path.rpartition("/")[0] or "/"
+    return "", ""
 
 
 def _unescaped(field: str) -> str:

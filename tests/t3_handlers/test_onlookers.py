@@ -23,7 +23,7 @@ import trio
 from house import run
 from served import BLOCK, Served, make
 
-from vsnapfs import inotify
+from vsnapfs import inotify, openers
 from vsnapfs.backing import FileBacking
 from vsnapfs.daemon import client
 from vsnapfs.errors import BusyError
@@ -331,6 +331,24 @@ def test_a_look_that_fails_ends_nothing(vol: Path, monkeypatch: pytest.MonkeyPat
         served.use()
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "no more"), MemoryError()])
+def test_inotify_that_fails_later_ends_nothing(
+    vol: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The volume is served and closed as ever, and `status` says that nobody is noticed."""
+
+    def fails(_self: inotify.Inotify) -> None:
+        raise error
+
+    with serving(vol) as served:
+        monkeypatch.setattr(inotify.Inotify, "read", fails)
+        write(vol / "replica.img")
+        until(lambda: client.call(vol, "status")["unwatched"])
+        assert type(error).__name__ in client.call(vol, "status")["unwatched"]
+        served.use()
+    assert client.call(vol, "rp_list") == []
+
+
 def test_more_openings_than_the_kernel_keeps(vol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue that ran over had writers in it: that much is told."""
     monkeypatch.setattr(inotify.Inotify, "read", lambda _self: [(-1, inotify.OVERFLOW)])
@@ -397,3 +415,30 @@ with subprocess.Popen([sys.executable, "-c", {child!r}, sys.argv[1]],
 """
     done = run(sys.executable, "-c", code, str(path))
     assert json.loads(done.stdout) == [[]], done.stderr
+
+
+def test_the_mount_table_is_read_once_for_all_loop_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both may be thousands, and a look must not cost one times the other."""
+    path = tmp_path / "file"
+    path.touch()
+    file = openers.File.at(path)
+    devices = [(f"/dev/loop{number}", f"/elsewhere/{number}.img") for number in range(1000)]
+    monkeypatch.setattr(openers, "attached", lambda: devices)
+    reads = []
+    read = openers._mountinfo
+    monkeypatch.setattr(openers, "_mountinfo", lambda pid: reads.append(pid) or read(pid))
+    assert openers.loops(file) == []
+    assert len(reads) == 1
+
+
+def test_what_a_path_lies_on() -> None:
+    """The mount of its nearest directory that has one; what is no path lies on nothing."""
+    mounts = {"/": ("8:1", "ext4"), "/a": ("0:5", "tmpfs"), "/a/b c": ("0:6", "fuse.x")}
+    assert openers._mount_of("/a/b c", mounts) == ("0:6", "fuse.x")
+    assert openers._mount_of("/a/b c/d/e", mounts) == ("0:6", "fuse.x")
+    assert openers._mount_of("/a/b", mounts) == ("0:5", "tmpfs")
+    assert openers._mount_of("/ab", mounts) == ("8:1", "ext4")
+    assert openers._mount_of("/x", {}) == ("", "")
+    assert openers._mount_of("(unreachable)/x", mounts) == ("", "")

@@ -267,8 +267,9 @@ assert mounts.top_mount(place) is not None
 fd = os.open(place / "file", os.O_RDWR)
 found = openers.File(fd, place / "file")
 assert found.file_system == "{0}:{1}".format(os.major(found.device), os.minor(found.device))
-assert openers._mount_of(str(place / "file")) == (found.file_system, "tmpfs")
-assert openers._mount_of("/")[0] != "-"
+table = openers._mount_points()
+assert openers._mount_of(str(place / "file"), table) == (found.file_system, "tmpfs")
+assert openers._mount_of("/", table)[0] != "-"
 shm._shows_all(Path("/dev/shm"))
 """
 

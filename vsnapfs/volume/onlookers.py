@@ -150,11 +150,16 @@ class Onlookers:
                     own.pop()
             raise
 
-    def _drain(self) -> None:
-        """Account for what inotify has told."""
+    def _drain(self) -> bool:
+        """Account for what inotify has told. False if it tells nothing any more."""
         if self._inotify is None:
-            return
-        for watch, mask in self._inotify.read():
+            return False
+        try:
+            told = self._inotify.read()
+        except (OSError, MemoryError) as error:
+            self.unwatched = f"inotify: {type(error).__name__}: {error}"
+            return False
+        for watch, mask in told:
             # With its queue full it does not say which file: both, then.
             full = mask & inotify.OVERFLOW
             for file in self._files if full else [self._by_watch[watch]]:
@@ -165,6 +170,7 @@ class Onlookers:
                     file.own.pop()
                 elif full or mask & inotify.WRITTEN:
                     file.closings += 1
+        return True
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -194,7 +200,8 @@ class Onlookers:
     async def _listen(self, source: inotify.Inotify) -> None:
         while True:
             await trio.lowlevel.wait_readable(source.fileno())
-            self._drain()
+            if not self._drain():
+                return
             if self._stirred:
                 self._wake.set()
 
