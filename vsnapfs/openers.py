@@ -124,28 +124,6 @@ def _pids() -> list[int]:
         return []
 
 
-class _Wanted:
-    """A file to look for."""
-
-    def __init__(self, fd: int) -> None:
-        info = os.fstat(fd)
-        self.key = info.st_dev, info.st_ino
-        self.inode = info.st_ino
-        told = _fdinfo(os.getpid(), str(fd)) or {}
-        self.file_system = _file_system(os.getpid(), told.get("mnt_id", ""))
-
-    def is_it(self, pid: int, name: str, mount: str) -> bool:
-        """Whether descriptor `name` of the process is this file; the inode's number is the same."""
-        # First the file system, by what the kernel knows: asking the file could wait for ever on
-        # another one. Then the file, since a file system may have one number twice (btrfs).
-        if not self.file_system or _file_system(pid, mount) != self.file_system:
-            return False
-        with suppress(OSError):
-            info = os.stat(_PROC / str(pid) / "fd" / name)
-            return (info.st_dev, info.st_ino) == self.key
-        return False
-
-
 def _descends(pid: int) -> bool:
     """Whether the process is this one or descends from it."""
     for _ in range(64):
