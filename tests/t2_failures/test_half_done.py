@@ -20,6 +20,7 @@ import trio
 from filefuzz import fresh, opened, poke, small_volume
 from mutations import LAYOUT
 from rig import BLOCK, SMALLEST, Rig, attempt, pattern, raw_replica, read_points, write
+from scene import Scene
 from simdisk import FOREVER, Change, Host, PowerLoss, SimBacking
 
 from vsnapfs.backing import Backing, Bytes, FileBacking
@@ -348,3 +349,40 @@ def test_a_dry_run_mends_a_superblock_that_cannot_be_read(tmp_path: Path) -> Non
     assert report["ok"], report
     assert report["state"] == "online"
     assert {finding["what"] for finding in report["found"]} == {"superblock"}
+
+
+@pytest.mark.parametrize("name", ["area", "state"])
+@pytest.mark.parametrize("operation", ["write", "sync", "allocate", "truncate"])
+def test_no_point_is_live_after_online_and_gone_at_the_next_opening(
+    name: str, operation: str
+) -> None:
+    """Giving up the points failed half way: `online` without it does not bring them back."""
+    nth, failed = 0, True
+    while failed:
+        nth += 1
+        scene = Scene()
+
+        async def give_up(volume: Volume, scene: Scene = scene, nth: int = nth) -> bool:
+            await volume.go_offline()
+            failure = scene.rig.host.fail(name, operation, errno.EIO, nth=nth)
+            error = await attempt(volume.online(give_up_recovery_points=True))
+            scene.rig.host.failures.remove(failure)
+            return error is not None
+
+        failed = scene.run(give_up)
+        if failed and scene.online() is None:
+            live = scene.run(_live)
+            scene.exact(only=live)
+            scene.rig.killed()
+            scene.exact(only=live)
+        elif failed:
+
+            async def repeat(volume: Volume) -> None:
+                await volume.online(give_up_recovery_points=True)
+
+            scene.run(repeat)
+            scene.exact(only=set())
+
+
+async def _live(volume: Volume) -> set[int]:
+    return {point.number for point in volume.points}

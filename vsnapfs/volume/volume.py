@@ -603,6 +603,10 @@ class Volume:
         if area is None:
             reason = self.protection.trouble or "its diff area could not be opened"
             hint = f"Bring the diff area back and mount the volume again. If it is lost, {give_up}."
+        elif any(point.number <= self.protection.saved.given_up for point in core.points):
+            # The next opening would drop them, whatever is answered now.
+            reason = "giving up its recovery points has begun, and did not end"
+            hint = "Mend what it met, then repeat 'vsnapfs online --give-up-recovery-points'."
         elif area.damaged_sectors:
             reason = "its diff area is damaged beyond repair, new copies could hide old ones"
             hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
