@@ -128,6 +128,7 @@ class TwoOfEverythingMachine(BufferedMachine):
         self.model.synced()
 
 
+@pytest.mark.slow
 @pytest.mark.time_limit(900)
 def test_any_sequence_agrees_with_the_model_beside_another_of_everything() -> None:
     """W5: whatever else is there, nothing acknowledged is lost, nothing of another touched."""
@@ -138,6 +139,7 @@ class EvictingTwoOfEverythingMachine(TwoOfEverythingMachine):
     policy = "evict"
 
 
+@pytest.mark.slow
 @pytest.mark.time_limit(900)
 def test_any_sequence_agrees_with_the_model_beside_another_of_everything_when_evicting() -> None:
     """The same where points are given up for writes: a copy loses its own, never the original's."""

@@ -146,6 +146,7 @@ def _steps() -> int:
         step += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["offline", "evict"])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_no_copy_is_made_while_the_area_is_damaged(how: str, policy: str) -> None:

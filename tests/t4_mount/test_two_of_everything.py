@@ -155,6 +155,7 @@ def test_a_user_is_told_who_can_carry_out_what_roots_server_left(base: Path) -> 
     carried_out(volume)
 
 
+@pytest.mark.slow
 @needs_root
 def test_root_stays_out_of_a_strangers_ring(base: Path) -> None:
     """The replica has been given to somebody else: closed, whoever could do it is named."""
@@ -215,6 +216,7 @@ def own_shm() -> Iterator[OwnShm]:
     made.end()
 
 
+@pytest.mark.slow
 @needs_root
 def test_what_a_container_acknowledged_is_not_lost_outside(base: Path, own_shm: OwnShm) -> None:
     """Seen from outside the volume stays closed and says where; inside nothing has been lost."""
@@ -253,6 +255,7 @@ def test_a_part_of_the_tmpfs_in_its_place_is_no_proof_that_a_ring_is_gone(base: 
     carried_out(volume)
 
 
+@pytest.mark.slow
 @needs_root
 def test_a_write_buffer_that_ended_with_its_container_can_be_given_up(
     base: Path, own_shm: OwnShm
@@ -319,6 +322,7 @@ def fill(rig: Rig, letter: bytes) -> None:
             os.pwrite(fd, letter * BLOCK, at)
 
 
+@pytest.mark.slow
 def test_a_copy_served_beside_the_original_shares_nothing(machine: Machine) -> None:
     """Copied while it is served, mounted beside it, both written at once: each has its own."""
     rig = machine.rig(area=128 * MIB)
