@@ -156,6 +156,25 @@ def test_tidying_removes_only_what_is_ours_empty_and_unlocked(volume_id: bytes) 
     assert left == {ring.name.ring_id.hex() for ring in (full, copys)}
 
 
+def test_what_cannot_be_tidied_away_keeps_nobody_from_a_ring(
+    volume_id: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else was faster, or the directory is not to be written: that is no lack of room."""
+    store = SharedMemory((SHM,))
+    store.make(SIZE, volume_id, REPLICA).close()
+    (path,) = paths(volume_id)
+
+    def gone(self: Path, *_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", gone)
+        store.tidy(volume_id, REPLICA)
+    assert path.exists()
+    store.tidy(volume_id, REPLICA)
+    assert not path.exists()
+
+
 def test_a_ring_that_was_never_finished_is_tidied_away(volume_id: bytes) -> None:
     """Whoever made it died between its head and its memory; no superblock can name it."""
     store = SharedMemory((SHM,))

@@ -64,7 +64,8 @@ def adopt(
             return ring
         # The original is gone, and this copy of it, put back, has got the same inode.
         ring.close()
-        event, reason, hint = 1049, "", ""
+        core.log.log("vsnapfs", 1049, volume=core.name, what=ring_id)
+        return None
     except FileNotFoundError:
         event, reason, hint = 1043, "it is gone", ""
     except FormatError as error:
@@ -76,9 +77,6 @@ def adopt(
         if error.errno == errno.ENOMEM:
             raise MemoryError from error  # Any opening without memory is the same: fault 4.
         event, reason, hint = 0, error.strerror or str(error), ""
-    if event == 1049:
-        core.log.log("vsnapfs", event, volume=core.name, what=ring_id)
-        return None
     if event or give_up:
         core.log.log("vsnapfs", event or 1054, volume=core.name, what=ring_id, reason=reason)
         return None

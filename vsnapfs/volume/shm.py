@@ -175,7 +175,8 @@ class SharedMemory:
         for path, ring in self._unlocked(volume_id, replica):
             try:
                 if ring.is_unused or not any(True for _ in ring.records()):
-                    _unlink(path, ring.fd)
+                    with suppress(OSError):  # Whoever was faster, or holds the directory.
+                        _unlink(path, ring.fd)
             finally:
                 ring.close()
 
