@@ -410,10 +410,12 @@ class Volume:
             self._stop.set()
             await self._stopped.wait()
             await self.onlookers.finish()
-            self.buffer.close()
-            await in_thread(self.writer.copier.close)
-            before_unlocking()
-            await in_thread(close_files, core)
+            await self.buffer.end()
+            # Not while copies are still on their way to an area that others could then open.
+            async with core.area_lock:
+                await in_thread(self.writer.copier.close)
+                before_unlocking()
+                await in_thread(close_files, core)
         if self.mountpoint is not None and not core.area_is_busy:
             self.log.log("vsnapfs", 1002, volume=core.name)
         close_log = getattr(core.log, "close", None)
