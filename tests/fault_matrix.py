@@ -26,6 +26,7 @@ ENODEV = "`ENODEV`"
 AT_OPEN = "`ENODEV` at open"
 ALL = "all points"
 REMOUNT = "unmount the volume, mend the host, mount, `online`"
+UNMOUNTED = "all points, by `list`, `verify` and `export`, while it is not mounted"
 NOT_ON_DISK = "nothing of the diff area until it is back"
 
 
@@ -91,9 +92,9 @@ FAULTS = (
         HOST + "test_a_limit_on_the_size_of_files"),
     Row(11, "an error nobody planned for in the copy path", ENODEV, 90, ALL, "`online`",
         HERE + "test_an_exception_in_the_copy_path[unplanned]", injected=True),
-    Row(12, "`chattr +i`: it cannot be opened for writing", AT_OPEN, 91, NOT_ON_DISK,
+    Row(12, "`chattr +i`: it cannot be opened for writing", AT_OPEN, 91, UNMOUNTED,
         "`chattr -i`, mount, `online`", OPEN + "test_an_immutable_diff_area"),
-    Row(12, "its host file system is read-only", AT_OPEN, 91, NOT_ON_DISK,
+    Row(12, "its host file system is read-only", AT_OPEN, 91, UNMOUNTED,
         "remount it read-write, mount, `online`", OPEN + "test_a_read_only_host_of_the_diff_area"),
     Row(12, "its host file system has no fallocate(2)", ENODEV, 91, ALL,
         "move the area to one that has", OPEN + "test_a_host_without_fallocate"),

@@ -236,7 +236,9 @@ def sync_directory(path: Path) -> None:
 class FileBacking:
     """A real file or block device, locked for this process from open to close."""
 
-    def __init__(self, path: Path, lock: int, *, follow: bool = True) -> None:
+    def __init__(
+        self, path: Path, lock: int, *, follow: bool = True, read_only: bool = False
+    ) -> None:
         """Take over a descriptor that holds the locks. Use `open` or `create`."""
         self.path = path
         self.is_device = stat.S_ISBLK(os.fstat(lock).st_mode)
@@ -244,6 +246,7 @@ class FileBacking:
         #: Holds the locks from open to close; nothing is read or written through it.
         self._lock = lock
         self._follow = follow
+        self._access = os.O_RDONLY if read_only else os.O_RDWR
         self.tells_cached = hasattr(os, "RWF_NOWAIT")
         #: The windows of the last short reads that were not in the host's cache.
         self._misses = [-1] * _MISSES
@@ -256,14 +259,16 @@ class FileBacking:
     # -- opening ------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path, *, follow: bool = True) -> FileBacking:
+    def open(cls, path: Path, *, follow: bool = True, read_only: bool = False) -> FileBacking:
         """Open an existing file or device read-write and lock it.
 
         follow: whether a symbolic link is followed (never for names in the volume directory).
+        read_only: it is not going to be written to, and may lie where nothing can be.
         Raises FileNotFoundError and other OSErrors as they are, BusyError if another process
         (or another volume in this one) holds it.
         """
-        return cls(path, locks.open_locked(path, follow=follow), follow=follow)
+        lock = locks.open_locked(path, follow=follow)
+        return cls(path, lock, follow=follow, read_only=read_only)
 
     @classmethod
     def create(cls, path: Path) -> FileBacking:
@@ -278,9 +283,9 @@ class FileBacking:
         return cls(path, lock, follow=False)
 
     def _open_data(self) -> int:
-        """A descriptor of the locked file to read and write. OSError, BusyError."""
+        """A descriptor of the locked file for the data. OSError, BusyError."""
         # O_EXCL on a block device: the kernel refuses while it is mounted or held elsewhere.
-        access = os.O_RDWR | (os.O_EXCL if self.is_device else 0)
+        access = self._access | (os.O_EXCL if self.is_device else 0)
         try:
             fd = locks.open_file(self.path, access, follow=self._follow)
         except OSError as error:

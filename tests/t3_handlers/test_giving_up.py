@@ -6,6 +6,7 @@ after that until it lets them end (`slow`).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -429,6 +431,38 @@ def _standby() -> standby.Standby:
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "standby")
     found: standby.Standby = thread._target.__self__  # type: ignore[attr-defined]
     return found
+
+
+class _NoDescriptors:
+    """A listening socket on which a client knocks that cannot be let in."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.times: list[float] = []
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def accept(self) -> None:
+        self.times.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_without_a_descriptor_the_stand_in_does_not_spin(hanging: Running) -> None:
+    """It waits a little between two attempts, and answers once there are descriptors again."""
+    stand_in = _standby()
+    full = _NoDescriptors(stand_in._listener)
+    with hanging.connect() as connection:
+        stand_in._listener, real = full, stand_in._listener  # type: ignore[assignment]
+        connection.sendall(request("status"))
+        assert wait_for(lambda: len(full.times) >= 4)
+        gaps = [later - earlier for earlier, later in pairwise(full.times)]
+        assert min(gaps) >= 0.9 * standby.SHORTAGE_SECONDS
+        stand_in._listener = real
+        assert b"accepted" in connection.recv(1 << 16)
 
 
 def test_the_rest_is_told_in_time_and_not_done(

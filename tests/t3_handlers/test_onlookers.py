@@ -24,7 +24,7 @@ from house import run
 from served import BLOCK, Served, make
 
 from vsnapfs import inotify, openers
-from vsnapfs.backing import FileBacking
+from vsnapfs.backing import FileBacking, Removed
 from vsnapfs.daemon import client
 from vsnapfs.errors import BusyError
 from vsnapfs.events import Event, EventLog
@@ -356,6 +356,44 @@ def test_more_openings_than_the_kernel_keeps(vol: Path, monkeypatch: pytest.Monk
         looked(served)
         assert {event.params.get("device") for event in told(vol)} >= {str(vol / "replica.img")}
         assert {event.params.get("diff_area") for event in told(vol)} >= {str(vol / "diff-area")}
+
+
+def test_a_closing_of_our_own_that_was_never_told_hides_nobody(
+    vol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue ran over and took the end of our own opening along: the next writer is told of."""
+    with serving(vol) as served:
+        read = inotify.Inotify.read
+        overrun = [[(-1, inotify.OVERFLOW)]]
+
+        def runs_over(source: inotify.Inotify) -> list[tuple[int, int]]:
+            told_now = read(source)
+            lost = any(mask & inotify.WRITTEN for _, mask in told_now)
+            return overrun.pop() if lost and overrun else told_now
+
+        monkeypatch.setattr(inotify.Inotify, "read", runs_over)
+        served.volume.reopen_replica()
+        until(lambda: not overrun)
+        looked(served)
+        before = count(vol)
+        write(vol / "replica.img")
+        until(lambda: count(vol) == before + 1)
+
+
+def test_a_device_that_has_gone_hides_nobody(vol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not even closed to be opened anew: no end of an opening of ours is waited for."""
+    with serving(vol) as served:
+        replica = served.volume.core.replica
+
+        def gone(_self: FileBacking) -> None:
+            raise Removed(errno.ENXIO, "it is gone")
+
+        monkeypatch.setattr(replica, "is_device", True)
+        monkeypatch.setattr(FileBacking, "check_present", gone)
+        with pytest.raises(Removed):
+            served.volume.reopen_replica()
+        monkeypatch.undo()
+        only_the_marker(served)
 
 
 # --- who it is ----------------------------------------------------------------------------------

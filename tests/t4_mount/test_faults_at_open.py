@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from vsnapfs.diffarea.superblock import decode
 pytestmark = pytest.mark.needs_fuse
 
 SIZE = 8 * MIB + 100
+CLI = (sys.executable, "-m", "vsnapfs")
 
 
 def prepared(machine: Machine, name: str = "vol", **how: object) -> tuple[Rig, dict[int, str]]:
@@ -72,6 +75,19 @@ def works(rig: Rig, checksums: dict[int, str]) -> None:
     rig.write(0, os.urandom(MIB))
     must_be_exact(rig, checksums)
     assert rig.call("verify")["ok"]
+
+
+def can_be_looked_at(machine: Machine, rig: Rig, checksums: dict[int, str]) -> None:
+    """Not mounted, it lists, verifies and exports each point bit-exact, and changes nothing."""
+    before = tree(rig.directory) | {"area": sha256(rig.area)}
+    out = machine.base / "out.img"
+    listed = json.loads(quiet(*CLI, "rp", "list", "--json", rig.directory).stdout)
+    assert [point["number"] for point in listed] == sorted(checksums)
+    vsnapfs("verify", rig.directory)
+    for number, checksum in checksums.items():
+        vsnapfs("rp", "export", "--force", rig.directory, str(number), out)
+        assert sha256(out) == checksum
+    assert tree(rig.directory) | {"area": sha256(rig.area)} == before
 
 
 def tree(path: Path) -> dict[str, object]:
@@ -246,6 +262,7 @@ def test_an_immutable_diff_area(machine: Machine) -> None:
     assert rig.event(91)["errno"] in (errno.EPERM, errno.EACCES)
     assert "cannot come online" in vsnapfs("online", rig.directory, code=3)
     rig.unmount()
+    can_be_looked_at(machine, rig, checksums)
     sh("chattr", "-i", rig.area)
     rig.mount()
     assert rig.fault() == 12, "only fault 1 clears itself"
@@ -264,11 +281,45 @@ def test_a_read_only_host_of_the_diff_area(machine: Machine) -> None:
     is_offline_by(rig, 12)
     assert rig.event(91)["errno"] == errno.EROFS
     rig.unmount()
+    can_be_looked_at(machine, rig, checksums)
     sh("mount", "-o", "remount,rw", host)
     rig.mount()
     vsnapfs("online", rig.directory)
     works(rig, checksums)
     rig.unmount()
+
+
+@pytest.mark.needs_loop
+def test_a_host_that_makes_itself_read_only(machine: Machine) -> None:
+    """ext4 does that after an error: of a volume whose server was killed the points can be listed,
+    verified and exported, nothing else is done; writable again, it is mounted with nothing lost.
+    """
+    host = machine.host(64 * MIB)
+    device = sh("findmnt", "--noheadings", "--output", "SOURCE", host).strip()
+    sh("mount", "-o", "remount,errors=remount-ro", host)
+    rig = Rig(host, size=SIZE, area=16 * MIB)
+    machine.rigs.append(rig)
+    machine.later(rig.clean_up)
+    rig.mount()
+    rig.write(0, random.Random(1).randbytes(SIZE))
+    checksums = {rig.create_point(): sha256(rig.point(1), direct=True)}
+    with rig.opened(os.O_RDWR | os.O_DSYNC) as fd:
+        write_all(fd, b"acknowledged" * 10000, MIB)
+    rig.kill()
+    Path(f"/sys/fs/ext4/{Path(device).name}/trigger_fs_error").write_text("1")
+    can_be_looked_at(machine, rig, checksums)
+    assert "is read-only now" in vsnapfs("recovery-point", "create", rig.directory, code=1)
+    (status,) = json.loads(quiet(*CLI, "status", "--json", rig.directory).stdout)
+    assert status["state"] == "closed"
+    assert "is read-only now" in status["trouble"]
+    rig.clean_up()  # the dead mount
+    sh("umount", host)
+    quiet("e2fsck", "-fy", device)
+    sh("mount", device, host)
+    rig.mount()
+    with rig.opened() as fd:
+        assert os.pread(fd, 120000, MIB) == b"acknowledged" * 10000
+    works(rig, checksums)
 
 
 @pytest.mark.needs_loop

@@ -30,6 +30,7 @@ from vsnapfs.errors import VsnapError
 STUCK_SECONDS = 3.0  # without a sign of life from the loop it counts as hanging
 PATIENCE_SECONDS = 20.0  # so long a request waits for it to move again; less than clients wait
 MAX_CONNECTIONS = 64
+SHORTAGE_SECONDS = 0.1  # between two attempts without a descriptor for a newcomer
 _MAX_REQUEST = 64 * 1024
 _WHAT = "the host, in which the server's own thread hangs"
 
@@ -123,8 +124,12 @@ class Standby:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return  # the loop was faster
         except OSError:
-            return  # the loop was faster, or there is no descriptor for it
+            # No descriptor is left for it, and it goes on knocking.
+            self._alive.wait(SHORTAGE_SECONDS)
+            return
         connection.setblocking(False)
         if not may_ask(connection):
             connection.close()

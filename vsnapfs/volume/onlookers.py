@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from .. import inotify, openers
-from ..backing import Backing, FileBacking
+from ..backing import Backing, FileBacking, Removed
 from .administration import iso
 from .core import Core, in_thread, now_ns
 
@@ -143,9 +143,10 @@ class Onlookers:
         own.append(None)
         try:
             yield
-        except BaseException:
-            # A file keeps its descriptor then, and closes none; a device has dropped it first.
-            if not backing.is_device:
+        except BaseException as error:
+            # A file keeps its descriptor then, and closes none; a device has dropped it first,
+            # unless it was found to be gone even before that.
+            if not backing.is_device or isinstance(error, Removed):
                 with suppress(IndexError):
                     own.pop()
             raise
@@ -166,6 +167,10 @@ class Onlookers:
                 if file.backing.fileno() < 0:
                     continue  # an area that was given up: we have closed it
                 self._stirred = True
+                if full:
+                    # What it would have told of our own is lost as well, and no longer waited for:
+                    # the next writer would be taken for it.
+                    file.own.clear()
                 if mask & inotify.WRITTEN and file.own:
                     file.own.pop()
                 elif full or mask & inotify.WRITTEN:

@@ -28,6 +28,8 @@ from .statefile import STATE_SIZE, SavedState, StateFile
 
 #: A damaged diff area (fault 3), as opposed to a file that is none of ours (an error).
 _DAMAGE = ("checksum", "inconsistent", "format")
+#: What `VsnapError.code` says of a volume whose host takes no writes: it can be looked at.
+READ_ONLY_HOST = "read-only-host"
 
 
 @dataclass
@@ -59,21 +61,21 @@ def open_files(
 ) -> Opened:
     """Open and lock the files of the volume in `directory`. VsnapError, OSError.
 
-    dry_run: what is written later stays in memory.
+    dry_run: what is written later stays in memory, so the host need not take any writes.
     """
     config = load(directory)
     paths = VolumePaths(directory, config)
     opened: list[Backing] = []
     new_state = False
     try:
-        replica: Backing = _open_replica(paths, config)
+        replica: Backing = _open_replica(paths, config, dry_run=dry_run)
         opened.append(replica)
         state, new_state = _open_state(paths, dry_run=dry_run)
         opened.append(state)
         area: Backing | None = None
         problem: FaultError | None = None
         try:
-            area = _open_backing(paths.diff_area, config.diff_area)
+            area = _open_backing(paths.diff_area, config.diff_area, read_only=dry_run)
             opened.append(area)
         except BusyError:
             raise
@@ -109,11 +111,11 @@ def _remove_if_empty(state: Backing, new: bool) -> None:
             state.path.unlink()
 
 
-def _open_backing(path: Path, configured: str) -> FileBacking:
+def _open_backing(path: Path, configured: str, *, read_only: bool) -> FileBacking:
     # A name inside the volume directory must not lead out of it; a path that an administrator
     # chose (/dev/disk/by-id/…) may be a link.
     try:
-        return FileBacking.open(path, follow=leads_out(configured))
+        return FileBacking.open(path, follow=leads_out(configured), read_only=read_only)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _is_link(path) from error
@@ -129,10 +131,22 @@ def _is_link(path: Path) -> VsnapError:
     )
 
 
-def _open_replica(paths: VolumePaths, config: VolumeConfig) -> FileBacking:
+def _read_only_host(paths: VolumePaths, what: Path) -> VsnapError:
+    return VsnapError(
+        f"volume {paths.directory}: {what} lies on a file system that is read-only now",
+        hint="Look for the reason (dmesg; ext4 does that to itself after an error), and make it "
+        "writable again. The recovery points can be listed, verified and exported meanwhile.",
+        errno=errno.EROFS,
+        code=READ_ONLY_HOST,
+    )
+
+
+def _open_replica(paths: VolumePaths, config: VolumeConfig, *, dry_run: bool) -> FileBacking:
     try:
-        return _open_backing(paths.replica, config.replica)
+        return _open_backing(paths.replica, config.replica, read_only=dry_run)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise _read_only_host(paths, paths.replica) from error
         raise VsnapError(
             f"volume {paths.directory}: the replica {paths.replica} cannot be opened: "
             f"{error.strerror}",
@@ -145,8 +159,10 @@ def _open_replica(paths: VolumePaths, config: VolumeConfig) -> FileBacking:
 def _open_state(paths: VolumePaths, *, dry_run: bool) -> tuple[Backing, bool]:
     """The state file, and whether it had to be made anew."""
     try:
-        return FileBacking.open(paths.state, follow=False), False
+        return FileBacking.open(paths.state, follow=False, read_only=dry_run), False
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise _read_only_host(paths, paths.state) from error
         if error.errno == errno.ELOOP:
             raise _is_link(paths.state) from error
         if error.errno != errno.ENOENT:

@@ -31,7 +31,7 @@ from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle, SynchronousHandle
 from .onlookers import Onlookers
-from .opening import Opened, check_replica, close_files, no_memory, open_files
+from .opening import READ_ONLY_HOST, Opened, check_replica, close_files, no_memory, open_files
 from .overlay import NoLog
 from .points import Points
 from .policy import Policy
@@ -132,7 +132,8 @@ class Volume:
         dry_run: nothing reaches the disk, whatever is done with it, and no restore is continued.
         durability: other than volume.toml says. write_buffer: bytes of shared memory, 0 for none.
         give_up_write_buffer: acknowledged writes that cannot be carried out now are given up.
-        look_only: a volume that must stay closed is opened for its points, as if with dry_run.
+        look_only: a volume that must stay closed, or whose host is read-only, is opened for its
+        points, as if with dry_run.
         mountpoint: where it is going to be served, None for a single command. Opens offline when
         something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
         FormatError; nothing has changed then.
@@ -164,11 +165,19 @@ class Volume:
                 raise
 
         try:
-            return await attempt(dry_run=dry_run)
+            volume = await attempt(dry_run=dry_run)
         except VsnapError as error:
-            if error.code != CLOSED or not look_only:
+            if error.code not in (CLOSED, READ_ONLY_HOST) or not look_only:
                 raise
             return await attempt(dry_run=True, closed=error)
+        fault = volume.protection.fault
+        if not look_only or volume.core.area is not None or fault is None:
+            return volume
+        if fault.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
+            return volume
+        # Only the diff area takes no writes. That is recorded now; its points can be read.
+        await volume.close()
+        return await attempt(dry_run=True)
 
     @classmethod
     async def from_opened(
