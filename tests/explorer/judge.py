@@ -26,7 +26,7 @@ from vsnapfs.errors import FaultCode
 from vsnapfs.volume import Volume
 from vsnapfs.volume.statefile import STATE_SIZE
 
-from .account import Expected
+from .expected import Expected
 
 _NEW = bytes(range(256)) * 4096
 

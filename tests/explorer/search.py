@@ -22,7 +22,8 @@ from rig import Rig, small_steps
 from simdisk import Host
 
 from . import shortcuts
-from .account import Expected, Play, Span, State
+from .account import Play
+from .expected import Expected, Span, State
 from .images import Choice, Overlay, Scene, choices
 from .judge import Judge, Outcome, Violation, compare
 from .workloads import BEGINNINGS, OPERATIONS, Workload

@@ -48,6 +48,20 @@ async def at_once(play: Play) -> bool:
     return online
 
 
+async def write_ab_durably(play: Play) -> bool:
+    """Through a handle with O_DSYNC."""
+    online = play.is_online
+    await play.write((BLOCK - 700, 1200), durably=True)
+    return online
+
+
+async def at_once_durably(play: Play) -> bool:
+    """Whoever comes while a sync is under way waits for another."""
+    online = play.is_online
+    await play.write((0, 600), (1000, 500), (BLOCK + 10, 30), (2 * BLOCK, 5), durably=True)
+    return online
+
+
 async def flush(play: Play) -> bool:
     online = play.is_online
     await play.flush()
@@ -249,6 +263,7 @@ ALPHABET: dict[str, Operation] = {
     "AB": write_ab,
     "BC": write_bc,
     "at-once": at_once,
+    "AB-durably": write_ab_durably,
     "flush": flush,
     "create": create,
     "delete-oldest": delete_oldest,
@@ -289,6 +304,7 @@ MORE: dict[str, Operation] = {
     "all-fails": _direct(all_fails),
     "restore-fails": _direct(restore_fails),
     "grow-a-group": grow_a_group,
+    "at-once-durably": at_once_durably,
 }
 OPERATIONS = ALPHABET | MORE
 
