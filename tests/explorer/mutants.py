@@ -25,7 +25,7 @@ from vsnapfs.volume.statefile import StateFile
 from vsnapfs.volume.volume import Volume
 from vsnapfs.volume.writer import Batch, Writer
 
-from .ring_mutants import RING_MUTANTS, Patch
+from .ring_mutants import RING_MUTANTS, RING_WHILE_LOOKING, Patch
 
 
 @contextmanager
@@ -437,7 +437,11 @@ MUTANTS: dict[Callable[[Patch], None], str] = {
     **RING_MUTANTS,
 }
 #: Rules of the opening: broken where images are looked at.
-WHILE_LOOKING = (descriptors_before_their_blocks, commit_over_the_only_good_copy)
+WHILE_LOOKING = (
+    descriptors_before_their_blocks,
+    commit_over_the_only_good_copy,
+    *RING_WHILE_LOOKING,
+)
 
 
 @contextmanager

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from rig import BLOCK, SMALLEST
 
 from vsnapfs.diffarea.layout import SLOTS_BEFORE_TWIN, SLOTS_PER_GROUP, Layout
+from vsnapfs.volume.ring import RECORDS
 
 from .account import Play
 
 Operation = Callable[[Play], Awaitable[bool]]
 #: Two whole blocks and a short one.
 SIZE = 2 * BLOCK + 700
+#: Bytes of a write buffer: records of whole blocks wrap soon, and its end is no place for a record.
+ODD_BUFFER = RECORDS + 4 * (BLOCK + 64) + 33
 
 
 async def write_a(play: Play) -> bool:
@@ -349,7 +352,7 @@ BEGINNINGS: dict[str, Beginning] = {
         device=_LAYOUT.size_of(SLOTS_PER_GROUP + SLOTS_BEFORE_TWIN) + BLOCK,
     ),
     # Writes are acknowledged in a write buffer, and carried out while the next operations run.
-    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=64 * 1024),
+    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=ODD_BUFFER),
 }
 
 
