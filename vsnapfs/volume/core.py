@@ -230,6 +230,8 @@ class Core:
     durability: Durability = "power"
     #: The files are overlays: what is written is forgotten.
     dry_run: bool = False
+    #: The process is about to end, and cancels what would take too long.
+    ending: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
