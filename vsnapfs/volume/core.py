@@ -293,6 +293,8 @@ class Core:
                 raise OSError(errno.EIO, "an earlier sync of the replica failed")
             try:
                 self.replica.sync()
+                # Of a file without a name nothing survives, whatever the sync says.
+                self.replica.check_linked()
             except BaseException as error:
                 self.replica_failed = True
                 if isinstance(error, OSError):
