@@ -140,6 +140,10 @@ class Backing(Protocol):
         """Raise `Removed` if the path does not lead to this open file any more."""
         ...
 
+    def check_linked(self) -> None:
+        """Raise `Removed` if the open file has no name any more, so that it ends with us."""
+        ...
+
     def identity(self) -> Identity:
         """The file as it is now. See `Identity`."""
         ...
@@ -430,6 +434,13 @@ class FileBacking:
                 raise Removed(error.errno or errno.ENXIO, f"{self.path} is gone") from None
             if size == 0:
                 raise Removed(errno.ENXIO, f"{self.path} has been removed")
+
+    def check_linked(self) -> None:
+        """See `Backing.check_linked`."""
+        if not self.is_device and os.fstat(self._fd).st_nlink == 0:
+            saved = f"cp /proc/{os.getpid()}/fd/{self._fd} saves it"
+            text = f"{self.path} has been deleted: what it holds ends with this process ({saved})"
+            raise Removed(errno.EIO, text)
 
     def identity(self) -> Identity:
         """See `Backing.identity`. A device has no ctime of its content: 0."""

@@ -391,5 +391,8 @@ class _LightBacking(SimBacking):
     def check_present(self) -> None:
         return
 
+    def check_linked(self) -> None:
+        return
+
     def forget_cache(self) -> None:
         return

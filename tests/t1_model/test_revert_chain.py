@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from powercuts import by_dice, everything_kept, nothing_kept
@@ -31,6 +32,7 @@ from rig import (
 from schedules import edited
 from simdisk import PowerLoss
 
+from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.restore import Restore
 
@@ -245,6 +247,50 @@ def test_any_chain(size: int, seed: int, todo: list[tuple[object, ...]]) -> None
                 chain.interrupted_restore(which, int(str(rest[1])), str(rest[2]), seed)
             chain.exact()
         chain.verified()
+
+
+class _EndsDuring(trio.abc.Instrument):
+    """The server ends, and has waited for long enough, at the first step once a restore writes."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self.scope = trio.CancelScope()
+
+    def after_task_step(self, _task: trio.lowlevel.Task) -> None:
+        """Called by trio."""
+        if self._volume.core.need_area().superblock.restoring:
+            self._volume.ends_now()
+            self.scope.cancel()
+
+
+def test_a_server_that_ends_during_a_restore_leaves_it_to_the_next() -> None:
+    """Cancelled because the process ends, it is no fault: nobody gets at the mixture, and the next
+    opening goes on with it by itself.
+    """
+
+    async def ended(volume: Volume) -> None:
+        instrument = _EndsDuring(volume)
+        trio.lowlevel.add_instrument(instrument)
+        with instrument.scope:
+            await volume.restore(1)
+        trio.lowlevel.remove_instrument(instrument)
+        assert instrument.scope.cancelled_caught
+        assert volume.status()["restoring"]
+        assert volume.status()["fault"] is None
+        with pytest.raises(OSError, match="busy"):
+            volume.open_replica()
+        with pytest.raises(VsnapError, match="is being restored"):
+            await volume.create_point()
+
+    async def online(volume: Volume) -> None:
+        assert volume.status()["state"] == "online"
+
+    chain = Chain(5 * BLOCK + 100, 4, 1)
+    chain.rig.run(ended)
+    chain.rig.close()
+    chain.content = bytearray(chain.points[1])
+    chain.rig.run(online)
+    chain.exact()
 
 
 @pytest.mark.parametrize("how", ["kill", "lost", "kept", "dice"])

@@ -117,6 +117,9 @@ class FakeVolume:
         await self._stop.wait()
         self.ended.append("run")
 
+    def ends_now(self) -> None:
+        self.ended.append("ends now")
+
     async def _turn(self) -> None:
         if self.queue is not None:
             self.in_queue += 1

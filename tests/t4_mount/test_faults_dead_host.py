@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -215,6 +216,35 @@ def test_a_flush_of_the_replica_fails(machine: Machine) -> None:
     assert rig.fault() == 13
     vsnapfs("online", rig.directory)
     must_be_exact(rig, checksums, machine.base)
+    works_again(rig, checksums)
+    rig.unmount()
+
+
+def test_a_replica_that_was_deleted(machine: Machine) -> None:
+    """No flush of a file without a name is a success: fault 13, which says how to save it; put
+    back in its place, nothing is lost.
+    """
+    rig = machine.rig(size=SIZE, area=32 * MIB)
+    pid = rig.mount()
+    checksums = with_points(rig)
+    with rig.opened() as fd:
+        os.fsync(fd)
+        rig.image.unlink()
+        os.pwrite(fd, b"acknowledged", 4 * MIB)
+        assert errno_of(os.fsync, fd) == errno.EIO
+        all_is_refused(rig, fd)
+    assert rig.fault() == 13
+    said = vsnapfs("status", rig.directory, code=3)
+    (saving,) = re.findall(r"cp (/proc/\d+/fd/\d+) saves it", " ".join(said.split()))
+    assert saving.startswith(f"/proc/{pid}/")
+    assert "stays offline" in vsnapfs("online", rig.directory, code=3)
+    sh("cp", "--sparse=always", saving, rig.image)
+    rig.unmount()
+    rig.mount(accept_changed_replica=True)
+    vsnapfs("online", rig.directory)
+    must_be_exact(rig, checksums, machine.base)
+    with rig.opened() as fd:
+        assert os.pread(fd, 12, 4 * MIB) == b"acknowledged"
     works_again(rig, checksums)
     rig.unmount()
 

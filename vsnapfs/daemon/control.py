@@ -127,6 +127,7 @@ class ControlServer:
         with trio.move_on_after(FINISH_SECONDS):
             for job in jobs:
                 await job.done.wait()
+        self._volume.ends_now()
         for job in jobs:
             job.scope.cancel()
 

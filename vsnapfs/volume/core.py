@@ -230,6 +230,8 @@ class Core:
     durability: Durability = "power"
     #: The files are overlays: what is written is forgotten.
     dry_run: bool = False
+    #: The process is about to end, and cancels what would take too long.
+    ending: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
@@ -291,6 +293,8 @@ class Core:
                 raise OSError(errno.EIO, "an earlier sync of the replica failed")
             try:
                 self.replica.sync()
+                # Of a file without a name nothing survives, whatever the sync says.
+                self.replica.check_linked()
             except BaseException as error:
                 self.replica_failed = True
                 if isinstance(error, OSError):

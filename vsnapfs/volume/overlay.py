@@ -118,6 +118,9 @@ class Overlay:
         if self._below is not None:
             self._below.check_present()
 
+    def check_linked(self) -> None:
+        """Nothing is lost with it."""
+
     def identity(self) -> Identity:
         """See `Backing.identity`."""
         return self._below.identity() if self._below is not None else Identity(0, 0, 0, 0)

@@ -153,6 +153,10 @@ class Restore:
             core.log.log("volsnap", 64, volume=core.name, point=number, count=len(todo))
             await self._write(number, todo, progress)
         except BaseException as error:
+            if core.ending and isinstance(error, trio.Cancelled):
+                # Nothing has failed. As after a kill the next opening goes on, and until then the
+                # mark that has been committed keeps everybody out.
+                raise
             # Whatever it was, a cancellation included, the replica is a mixture now: nobody may
             # have it before `online` has gone on with this.
             fault = as_fault(error)

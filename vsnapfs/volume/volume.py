@@ -402,6 +402,10 @@ class Volume:
         area = self.core.area
         return area is not None and bool(area.superblock.restoring)
 
+    def ends_now(self) -> None:
+        """What is under way is going to be cancelled, for `close` cannot wait for it any longer."""
+        self.core.ending = True
+
     async def close(self, before_unlocking: Callable[[], None] = lambda: None) -> None:
         """Close cleanly: wait for writes, flush, record the replica's identity, unlock."""
         if self._closed:
