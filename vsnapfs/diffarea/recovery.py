@@ -160,13 +160,6 @@ def open_area(
     """
     try:
         found, notes, rot = read_superblocks(backing)
-        if not found[0].clean or len(found) < 2 or found[0].generation != found[1].generation:
-            # What a killed server left in the host's cache must be durable before it is trusted,
-            # and must be read back from the disk, not from the cache, to be checked. A commit that
-            # failed is there perhaps, and gone tomorrow.
-            backing.sync()
-            backing.forget_cache()
-            found, notes, rot = read_superblocks(backing)
         superblock = found[0]
         if superblock.volume_id != volume_id:
             raise FormatError(
