@@ -156,3 +156,41 @@ def test_a_handle_on_an_evicted_point_gets_estale() -> None:
             handle.close()
 
         scene.run(use)
+
+
+@pytest.mark.parametrize("buffer", [0, 1 << 20])
+def test_a_point_that_is_taken_while_all_others_are_given_up_stays(buffer: int) -> None:
+    """Its number was reserved before, and given up with all others: it gets a new one. It can be
+    read, and is there at the next opening.
+    """
+    scene = Scene(on_full="evict", buffer=buffer)
+
+    async def take(volume: Volume) -> int:
+        reserve = volume.protection.reserve_number
+
+        async def and_then_a_copy_fails(number: int) -> None:
+            volume.protection.reserve_number = reserve  # type: ignore[method-assign]
+            await reserve(number)
+            scene.rig.host.fail("area", "write", errno.EIO)
+            await write(volume, 0, pattern(50, SIZE))
+
+        volume.protection.reserve_number = and_then_a_copy_fails  # type: ignore[method-assign]
+        return (await volume.create_point()).number
+
+    number = scene.run(take)
+    assert scene.ids() == [14]
+    assert scene.rig.log.params(14)["points"] == [1, 2]
+    assert number == 4, "a number is never used twice"
+
+    async def look(volume: Volume) -> None:
+        assert [point.number for point in volume.points] == [number]
+        await write(volume, 0, pattern(51, BLOCK))
+        assert await read_point(volume, number) == pattern(50, SIZE)
+        await volume.go_offline()
+        await volume.online()
+
+    scene.run(look)
+    scene.rig.killed()
+    scene.run(look)
+    scene.rig.close()
+    scene.run(look)

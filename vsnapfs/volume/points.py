@@ -22,7 +22,7 @@ from ..diffarea.layout import MAX_POINTS
 from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
 from ..errors import BusyError, FaultError, UsageError, VsnapError
 from .buffer import WriteBuffer
-from .core import Core, in_thread, now_ns
+from .core import Core, T, in_thread, now_ns
 from .policy import Policy
 from .protection import Protection
 from .room import Room
@@ -164,18 +164,28 @@ class Points:
         core = self._core
         self._protection.require_online("creating a recovery point")
         await self._sync_replica()
-        point = RecoveryPoint(number, now_ns(), label)
 
-        async def commit() -> None:
+        async def commit() -> RecoveryPoint:
             async with core.area_lock:
                 core.need_area().require_sound()  # Or its first copy would be the next failure.
                 core.admin.begin()
+                point = RecoveryPoint(await self._still_free(number), now_ns(), label)
                 await core.commit(points=(*core.points, point), epoch=point.number)
+                return point
 
-        await self._committed(commit(), "no recovery point was taken")
+        point = await self._committed(commit(), "no recovery point was taken")
         # Still held: the first write of the new epoch must find nothing preserved.
         core.preserved.clear()
         return point
+
+    async def _still_free(self, number: int) -> int:
+        """`number`, or another one: if all points were given up since it was reserved, it was given
+        up with them, and the next opening would drop the point. The caller holds `area_lock`.
+        """
+        if number <= self._protection.saved.given_up:
+            number = self._next_number()
+            await self._protection.reserve_number(number)
+        return number
 
     async def drained(self, what: str) -> None:
         """Return when all acknowledged writes are in the replica. VsnapError if they cannot be."""
@@ -194,11 +204,11 @@ class Points:
             await self._protection.replica_sync_failed(error)
             self._protection.require_online("creating a recovery point")
 
-    async def _committed(self, work: Awaitable[object], refusal: str) -> None:
+    async def _committed(self, work: Awaitable[T], refusal: str) -> T:
         """Run a commit. VsnapError when it fails, after what the policy makes of that."""
         core = self._core
         try:
-            await work
+            return await work
         except FaultError as error:
             await self._policy.failed(error)
             if not self._protection.is_online:
