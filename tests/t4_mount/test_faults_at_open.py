@@ -324,6 +324,7 @@ def test_a_host_that_makes_itself_read_only(machine: Machine) -> None:
     works(rig, checksums)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_loop
 def test_a_read_only_host_of_the_directory(machine: Machine) -> None:
     """Replica and diff area elsewhere: the points can be looked at, without a state file, too."""
