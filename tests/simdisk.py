@@ -360,6 +360,8 @@ class Snapshot:
     ) -> None:
         self._host = host
         self._files = files
+        #: The rings, for whoever asks what a killed process would leave instead.
+        self.memory = {ring: bytes(memory) for ring, memory in host.memory.items()}
 
     def pending(self) -> list[tuple[str, int, Change]]:
         """All unsynced changes: (file, number in its journal, change)."""

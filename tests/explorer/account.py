@@ -11,51 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 
 import trio
 from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_point, write
-from simdisk import FOREVER, Snapshot
-from unsynced import SECTOR, Sectors, overwritten, sectors_of
+from simdisk import FOREVER
+from unsynced import SECTOR, Sectors, made_durable, overwritten, sectors_of
 
 from vsnapfs.volume import Volume
 
-
-@dataclass(frozen=True)
-class Expected:
-    """What may be found after the power failed.
-
-    must, may: recovery points that are there, that may be there (number → content). sectors: what
-    each sector of the replica may hold; exact: the same if nothing was lost (W3). restored: what a
-    restore under way may bring instead. offline: None when it may be both; fault: its number then.
-    maxima: possible maxima of the diff area. newest: the highest number that was answered.
-    """
-
-    must: dict[int, bytes] = field(default_factory=dict)
-    may: dict[int, bytes] = field(default_factory=dict)
-    sectors: Sectors = ()
-    exact: Sectors = ()
-    restored: bytes | None = None
-    offline: bool | None = False
-    fault: int | None = None
-    maxima: frozenset[int] = frozenset()
-    newest: int = 0
-
-
-class Span:
-    """What is expected of all states of the disk recorded in it; known when it has ended."""
-
-    __slots__ = ("expected", "number")
-    count = 0
-
-    def __init__(self) -> None:
-        Span.count += 1
-        self.number = Span.count
-        self.expected: Expected
-
-
-State = tuple[Snapshot, Span, tuple[str, int] | None]
+from .expected import Expected, Span, State
 
 
 class Play:
@@ -110,12 +76,17 @@ class Play:
         self.span = Span()
         return await attempt(work())
 
-    def _answered(self, during: Expected, after: Expected, *, sure: bool = False) -> None:
+    def _answered(self, during: Expected, after: Expected, spans: Sequence[Span] = ()) -> None:
         """The operation has been answered: `during` holds for all its states, `after` from now.
 
-        sure: the points are what they are, even if a commit failed half way meanwhile.
+        spans: of instants during it, of which what is expected but for the points is known.
         """
         volume = self.volume
+        gone = self._given_up()
+        if gone:
+            for span in spans:
+                span.expected = _without(span.expected, gone)
+            during = _without(during, gone)
         area = volume.core.need_area()
         fault = volume.protection.fault
         offline = not volume.protection.is_online
@@ -131,7 +102,8 @@ class Play:
         if area.in_doubt:
             # Nothing has settled it since: what was being done may have been done, or not.
             after = replace(after, maxima=after.maxima | during.maxima)
-            if not sure:
+            # Points that were given up are, even if a commit failed half way meanwhile.
+            if not gone:
                 after = replace(after, must=during.must, may=during.may)
         if offline != self.expected.offline or number != self.expected.fault:
             during = replace(during, offline=None, fault=None)
@@ -150,17 +122,31 @@ class Play:
 
     # -- data ---------------------------------------------------------------------------------
 
-    async def write(self, *ranges: tuple[int, int]) -> list[BaseException | None]:
-        """Write to (offset, length) ranges that do not overlap, all at once."""
-        before, held = self._same(), dict(self.points)
+    async def write(
+        self, *ranges: tuple[int, int], durably: bool = False
+    ) -> list[BaseException | None]:
+        """Write to (offset, length) ranges that do not overlap, all at once. durably: through
+        handles with O_DSYNC, so each is there from the instant of its own answer on.
+        """
+        before = self._same()
         jobs = []
         for offset, length in ranges:
             self.counter += 1
             jobs.append((offset, pattern(self.counter, length)))
         errors: list[BaseException | None] = [None] * len(jobs)
+        answered: list[tuple[int, bytes]] = []
+        spans: list[tuple[Span, int]] = []
 
         async def one(which: int) -> None:
-            errors[which] = await attempt(write(self.volume, *jobs[which]))
+            for _ in range(which if durably else 0):  # One after the other: syncs are shared.
+                await trio.lowlevel.checkpoint()
+            errors[which] = await attempt(write(self.volume, *jobs[which], durably=durably))
+            if durably and errors[which] is None:
+                answered.append(jobs[which])
+                span = Span()
+                spans.append((span, len(answered)))
+                if self.rig.host.observer is not None:
+                    self.states.append((self.rig.host.snapshot(), span, None))
 
         async def work() -> None:
             if len(jobs) == 1:
@@ -171,35 +157,25 @@ class Play:
                     nursery.start_soon(one, which)
 
         assert await self._during(work) is None
-        after = before
+        during = before
         for (offset, data), error in zip(jobs, errors, strict=True):
             # Of a write that was refused no byte may have reached the disk (W1).
             if error is not None:
                 assert error.errno == errno.ENODEV, error  # type: ignore[attr-defined]
                 continue
-            after = replace(after, sectors=overwritten(after.sectors, offset, data))
+            during = replace(
+                during,
+                sectors=overwritten(during.sectors, offset, data),
+                exact=overwritten(during.exact, offset, data),
+            )
             self.content[offset : offset + len(data)] = data
-        touched = [job for job, error in zip(jobs, errors, strict=True) if error is None]
-        exact = before.exact
-        for offset, data in touched:
-            exact = overwritten(exact, offset, data)
-        live = {point.number for point in self.volume.points}
-        assert live <= set(held)
-        gone = set(held) - live
-        if gone:
-            assert self.rig.config.on_full == "evict", f"points {gone} are gone"
-            assert not live or max(gone) < min(live), "a younger point was evicted first"
-            self.points = {number: held[number] for number in live}
-        during = replace(
-            before,
-            must={number: held[number] for number in live},
-            may={number: held[number] for number in gone},
-            sectors=after.sectors,
-            exact=exact,
-        )
+        after = replace(during, exact=before.exact)
+        for span, count in spans:
+            after = replace(after, sectors=_kept(during.sectors, answered[:count]))
+            span.expected = replace(during, sectors=after.sectors, offline=None, fault=None)
         if not self._is_lossy:
             after = replace(after, exact=sectors_of(bytes(self.content)))
-        self._answered(during, after, sure=bool(gone))
+        self._answered(during, after, spans=[span for span, _ in spans])
         return errors
 
     async def carry_out(self) -> None:
@@ -250,10 +226,7 @@ class Play:
         if error is None:
             self.points[number] = content
             after = replace(before, sectors=sectors_of(content), newest=number)
-        gone = self._given_up()
-        must = {n: held for n, held in before.must.items() if n not in gone}
-        during = replace(before, must=must, may={number: content, **gone})
-        self._answered(during, after, sure=bool(gone))
+        self._answered(replace(before, may={number: content}), after)
         return error
 
     def _given_up(self) -> dict[int, bytes]:
@@ -261,6 +234,7 @@ class Play:
         live = {point.number for point in self.volume.points}
         gone = {n: content for n, content in self.points.items() if n not in live}
         assert not gone or self.rig.config.on_full == "evict", f"points {set(gone)} are gone"
+        assert not gone or not live or max(gone) < min(live), "a younger point was evicted first"
         for number in gone:
             del self.points[number]
         assert set(self.points) == live
@@ -274,7 +248,6 @@ class Play:
         error = await self._during(lambda: self.volume.delete_point(number))
         if error is None:
             del self.points[number]
-        assert set(self.points) == {point.number for point in self.volume.points}
         self._answered(replace(before, must=must, may={number: content}), before)
         return error
 
@@ -436,3 +409,16 @@ class Play:
     def length_of(self, first: int, count: int) -> int:
         """Bytes of blocks `first` … `first + count - 1`, a short last one included."""
         return min(count * BLOCK, len(self.content) - first * BLOCK)
+
+
+def _without(expected: Expected, gone: dict[int, bytes]) -> Expected:
+    """The same where these points may be there, and need not be."""
+    must = {number: held for number, held in expected.must.items() if number not in gone}
+    return replace(expected, must=must, may={**expected.may, **gone})
+
+
+def _kept(sectors: Sectors, answered: list[tuple[int, bytes]]) -> Sectors:
+    """What has been answered is kept, of the others nothing is known yet."""
+    for job in answered:
+        sectors = made_durable(sectors, *job)
+    return sectors

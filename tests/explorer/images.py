@@ -62,6 +62,7 @@ class Scene:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self.memory = snapshot.memory
         self._files: dict[str, tuple[SimFile, Pages]] = {}
         #: (file, number in its journal, change), without changes of a size to what it was.
         self.pending: list[tuple[str, int, Change]] = []
@@ -185,11 +186,16 @@ class Scene:
                 pages[number] = whole.pages.get(number, _ZEROS)
         return pages, size
 
-    def host(self, overlay: Overlay, *, light: bool) -> Host:
-        """The host that starts with this image. light: it cannot lose power itself, but is fast."""
+    def host(self, overlay: Overlay, *, light: bool, killed: bool = False) -> Host:
+        """The host that starts with this image. light: it cannot lose power itself, but is fast.
+        killed: only the process has ended, and shared memory is still there.
+        """
         host = LightHost() if light else PartlyHost()
         before = self._snapshot._host
         host._inodes, host._time, host.capacity = before._inodes, before._time, before.capacity
+        host.boot = before.boot + (not killed)
+        if killed:
+            host.memory = {ring: bytearray(memory) for ring, memory in self.memory.items()}
         for name, (file, disk) in self._files.items():
             pages, size = overlay.get(name, ({}, disk.size))
             merged = {**disk.pages, **pages}
@@ -226,6 +232,11 @@ class Scene:
             lost.remove(name(choice.second))
             torn += f", of {name(choice.second)} only the first half"
         return f"kept {kept}, lost {lost}{torn}"
+
+    def memory_hash(self) -> int:
+        """Of all shared memory."""
+        parts = (ring + memory for ring, memory in sorted(self.memory.items()))
+        return xxhash.xxh3_64_intdigest(b"".join(parts), len(self.memory) + 1)
 
     def everything(self) -> Choice:
         """All of it reached the disk: also what a killed process leaves."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import trio
 import xxhash
-from rig import Rig, attempt, flush, raw_replica, read_points, write
+from rig import Rig, acknowledged, attempt, flush, read_points, write
 from simdisk import Host
 from unsynced import SECTOR
 
@@ -26,7 +26,7 @@ from vsnapfs.errors import FaultCode
 from vsnapfs.volume import Volume
 from vsnapfs.volume.statefile import STATE_SIZE
 
-from .account import Expected
+from .expected import Expected
 
 _NEW = bytes(range(256)) * 4096
 
@@ -120,6 +120,9 @@ class Judge:
             volume.protection.is_online,
             cache.size,
             volume.protection.saved,
+            # What lies in the write buffer is the replica's content: only where it is matters.
+            volume.buffer.ring is None,
+            tuple((block, len(r)) for block, r in sorted(volume.buffer.pending.items())),
         )
 
 
@@ -137,7 +140,7 @@ async def _see(rig: Rig, volume: Volume, seen: dict[str, Any]) -> dict[int, byte
     points = await read_points(volume)
     fault = protection.fault
     seen["points"] = points
-    seen["replica"] = raw_replica(rig)
+    seen["replica"] = acknowledged(rig, volume)
     seen["offline"] = not protection.is_online
     seen["fault"] = int(fault.code) if fault and not protection.is_online else None
     seen["maximum"], seen["epoch"] = area.maximum, area.superblock.epoch
@@ -152,13 +155,13 @@ async def _go_on(rig: Rig, volume: Volume, points: dict[int, bytes], seen: dict[
         await volume.online()
         unfinished = volume.core.need_area().superblock.restoring
         assert not unfinished, "a restore that was interrupted did not go on"
-        seen["restored"] = raw_replica(rig)
+        seen["restored"] = acknowledged(rig, volume)
     await _overwrite(volume)
     await _compare_points(volume, rig, points, "after everything was overwritten")
     error = await attempt(volume.create_point())
     if error is None:
         number = volume.points[-1].number
-        points = {**points, number: raw_replica(rig)}
+        points = {**points, number: acknowledged(rig, volume)}
         await attempt(write(volume, 0, _NEW[5 : 5 + SECTOR]))
         await attempt(flush(volume))
     volume.check_invariants()

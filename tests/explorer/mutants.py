@@ -17,7 +17,6 @@ import trio
 from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.recovery import _Scan
 from vsnapfs.errors import FaultError
-from vsnapfs.volume.buffer import WriteBuffer
 from vsnapfs.volume.copying import Preserved
 from vsnapfs.volume.core import Core, WriteGate
 from vsnapfs.volume.points import Points
@@ -26,7 +25,7 @@ from vsnapfs.volume.statefile import StateFile
 from vsnapfs.volume.volume import Volume
 from vsnapfs.volume.writer import Batch, Writer
 
-Patch = Callable[[Any, str, Any], None]
+from .ring_mutants import RING_MUTANTS, RING_WHILE_LOOKING, Patch
 
 
 @contextmanager
@@ -403,24 +402,6 @@ def overwritten_before_it_is_refused(patch: Patch) -> None:
     patch(Writer, "_preserve", broken)
 
 
-def acknowledged_is_overwritten_at_once(patch: Patch) -> None:
-    """What lies in the write buffer goes to the replica without a copy of what was there."""
-
-    async def broken(self: Writer, *_: Any) -> None:
-        return None
-
-    patch(Writer, "preserve_acknowledged", broken)
-
-
-def flush_forgets_the_buffer(patch: Patch) -> None:
-    """A flush syncs the replica, not what was acknowledged and is not there yet."""
-
-    async def broken(self: WriteBuffer, wanted: int | None = None) -> None:
-        return None
-
-    patch(WriteBuffer, "drain", broken)
-
-
 #: Rules of the order in which things are written: each with a workload that needs it.
 MUTANTS: dict[Callable[[Patch], None], str] = {
     no_sync_in_barrier: "fresh: create A",
@@ -453,11 +434,14 @@ MUTANTS: dict[Callable[[Patch], None], str] = {
     given_up_not_recorded: "evict: AB AB-dies create AB-dies",
     clean_before_the_replica_is: "fresh: A reopen",
     overwritten_before_it_is_refused: "full: create all",
-    acknowledged_is_overwritten_at_once: "buffered: A carry-out",
-    flush_forgets_the_buffer: "buffered: A flush",
+    **RING_MUTANTS,
 }
 #: Rules of the opening: broken where images are looked at.
-WHILE_LOOKING = (descriptors_before_their_blocks, commit_over_the_only_good_copy)
+WHILE_LOOKING = (
+    descriptors_before_their_blocks,
+    commit_over_the_only_good_copy,
+    *RING_WHILE_LOOKING,
+)
 
 
 @contextmanager

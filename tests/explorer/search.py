@@ -22,14 +22,17 @@ from rig import Rig, small_steps
 from simdisk import Host
 
 from . import shortcuts
-from .account import Expected, Play, Span, State
-from .images import Choice, Overlay, Scene, choices
+from .account import Play
+from .expected import Expected, Span, State
+from .images import Choice, Scene, choices
 from .judge import Judge, Outcome, Violation, compare
 from .workloads import BEGINNINGS, OPERATIONS, Workload
 
 T = TypeVar("T")
 #: From one image in so many the power fails again during the recovery …
 AGAIN = 64
+#: (from one in so many where the process was killed and its write buffer is carried out) …
+AGAIN_KILLED = 8
 #: … and so many of the states that this leaves are looked at, for each change of the disk.
 AGAIN_AT_MOST = 6
 #: Of a workload that is sampled so many states of the disk are looked at.
@@ -182,7 +185,7 @@ class Explorer:
         except BaseException as error:
             while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
                 error = error.exceptions[0]
-            if isinstance(error, (AssertionError, OSError)):
+            if isinstance(error, Exception):
                 raise Violation(f"{workload}\n  while running: {error!r}") from error
             raise
         with self.while_looking():
@@ -205,14 +208,30 @@ class Explorer:
                         f"{workload}\n  step {step} of {len(states)}: "
                         f"{scene.words(choice)}\n  {problem}"
                     )
+            if rig.buffer:
+                choice = scene.everything()
+                problem = await self._judge(rig, scene, choice, span, dice, killed=True)
+                if problem is not None:
+                    raise Violation(
+                        f"{workload}\n  step {step} of {len(states)}: killed\n  {problem}"
+                    )
 
     async def _judge(
-        self, rig: Rig, scene: Scene, choice: Choice, span: Span, dice: random.Random
+        self,
+        rig: Rig,
+        scene: Scene,
+        choice: Choice,
+        span: Span,
+        dice: random.Random,
+        *,
+        killed: bool = False,
     ) -> str | None:
         image, overlay = scene.build(choice)
         # With a write buffer a power failure loses what was acknowledged and not flushed, even
-        # if the disk has lost nothing. (What a kill leaves, t1's tests of the buffer look at.)
-        nothing_lost = choice == scene.everything() and not rig.buffer
+        # if the disk has lost nothing; a kill (`killed`) does not.
+        nothing_lost = choice == scene.everything() and (killed or not rig.buffer)
+        if killed:
+            image ^= scene.memory_hash()
         key = image, span.number, nothing_lost
         if key in self._judged:
             return None
@@ -221,10 +240,12 @@ class Explorer:
         is_new = image not in self.seen
         found = self._outcomes.get((image, rig.config.on_full))
         if found is None:
-            found = await self._look(rig, scene.host(overlay, light=True), image)
+            found = await self._look(rig, scene.host(overlay, light=True, killed=killed), image)
         problem = compare(found, span.expected, nothing_lost=nothing_lost)
-        if problem is None and is_new and image % self.again == 0:
-            problem = await self._fail_again(rig, scene, overlay, span.expected, dice)
+        again = min(self.again, AGAIN_KILLED) if killed else self.again
+        if problem is None and is_new and image % again == 0:
+            host = scene.host(overlay, light=False, killed=killed)
+            problem = await self._fail_again(rig.on(host), span.expected, dice, killed=killed)
         return problem
 
     async def _look(self, rig: Rig, host: Host, image: int) -> Outcome:
@@ -247,29 +268,33 @@ class Explorer:
         return found
 
     async def _fail_again(
-        self, rig: Rig, scene: Scene, overlay: Overlay, expected: Expected, dice: random.Random
+        self, rig: Rig, expected: Expected, dice: random.Random, *, killed: bool
     ) -> str | None:
-        """The power fails again while the first failure is being repaired."""
-        again = rig.on(scene.host(overlay, light=False))
+        """The power fails again while the first failure is being repaired. killed: that was the end
+        of a process, and it may be killed again.
+        """
         states: list[tuple[Any, Any]] = []
-        host = again.host
+        host = rig.host
         host.observer = lambda last: states.append((host.snapshot(), last))
         async with trio.open_nursery() as nursery:
-            volume = await again.open()
+            volume = await rig.open()
             await nursery.start(volume.run)
             host.observer = None
             nursery.cancel_scope.cancel()
         for step, (snapshot, last) in enumerate(states):
             second = Scene(snapshot)
-            for choice in choices(second, last, dice, AGAIN_AT_MOST):
+            ends = [(choice, False) for choice in choices(second, last, dice, AGAIN_AT_MOST)]
+            for choice, is_kill in [*ends, *[(second.everything(), True)] * killed]:
                 image, changed = second.build(choice)
+                image ^= second.memory_hash() if is_kill else 0
                 self.states += 1
                 found = self._outcomes.get((image, rig.config.on_full))
                 if found is None:
-                    found = await self._look(rig, second.host(changed, light=True), image)
-                problem = compare(found, expected, nothing_lost=False)
+                    left = second.host(changed, light=True, killed=is_kill)
+                    found = await self._look(rig, left, image)
+                problem = compare(found, expected, nothing_lost=is_kill)
                 if problem is not None:
-                    words = second.words(choice)
+                    words = "killed" if is_kill else second.words(choice)
                     return f"and again while that is repaired, step {step}: {words}\n  {problem}"
         return None
 

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from rig import BLOCK, SMALLEST
 
 from vsnapfs.diffarea.layout import SLOTS_BEFORE_TWIN, SLOTS_PER_GROUP, Layout
+from vsnapfs.volume.ring import RECORDS
 
 from .account import Play
 
 Operation = Callable[[Play], Awaitable[bool]]
 #: Two whole blocks and a short one.
 SIZE = 2 * BLOCK + 700
+#: Bytes of a write buffer: records of whole blocks wrap soon, and its end is no place for a record.
+ODD_BUFFER = RECORDS + 4 * (BLOCK + 64) + 33
 
 
 async def write_a(play: Play) -> bool:
@@ -45,6 +48,20 @@ async def write_bc(play: Play) -> bool:
 async def at_once(play: Play) -> bool:
     online = play.is_online
     await play.write((0, 600), (1000, 500), (BLOCK + 10, 30), (2 * BLOCK, 5))
+    return online
+
+
+async def write_ab_durably(play: Play) -> bool:
+    """Through a handle with O_DSYNC."""
+    online = play.is_online
+    await play.write((BLOCK - 700, 1200), durably=True)
+    return online
+
+
+async def at_once_durably(play: Play) -> bool:
+    """Whoever comes while a sync is under way waits for another."""
+    online = play.is_online
+    await play.write((0, 600), (1000, 500), (BLOCK + 10, 30), (2 * BLOCK, 5), durably=True)
     return online
 
 
@@ -249,6 +266,7 @@ ALPHABET: dict[str, Operation] = {
     "AB": write_ab,
     "BC": write_bc,
     "at-once": at_once,
+    "AB-durably": write_ab_durably,
     "flush": flush,
     "create": create,
     "delete-oldest": delete_oldest,
@@ -289,6 +307,7 @@ MORE: dict[str, Operation] = {
     "all-fails": _direct(all_fails),
     "restore-fails": _direct(restore_fails),
     "grow-a-group": grow_a_group,
+    "at-once-durably": at_once_durably,
 }
 OPERATIONS = ALPHABET | MORE
 
@@ -333,7 +352,7 @@ BEGINNINGS: dict[str, Beginning] = {
         device=_LAYOUT.size_of(SLOTS_PER_GROUP + SLOTS_BEFORE_TWIN) + BLOCK,
     ),
     # Writes are acknowledged in a write buffer, and carried out while the next operations run.
-    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=64 * 1024),
+    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=ODD_BUFFER),
 }
 
 

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_state_machine import BufferedMachine, EvictingMachine, VolumeMachine
+from simdisk import FOREVER
+from test_state_machine import (
+    BufferedMachine,
+    EvictingBufferedMachine,
+    EvictingMachine,
+    VolumeMachine,
+)
 
 
 class Replayed:
@@ -50,11 +56,20 @@ def refused_writes_of_one_sector(state: Any) -> None:
     state.power_failure(how="kept", seed=0)
 
 
+def a_commit_that_only_the_cache_held(state: Any) -> None:
+    """An opening took it for durable, told the state file, and lost it with the cache: fault 15."""
+    state.make(device=False, extra=0, seed=0, size=50152, stall=0, tight=None)
+    state.write_while_the_area_fails(at=0, length=1, nth=1, operation="sync", times=FOREVER)
+    state.damaged_for_a_while(close=False, number=0)
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
     (refused_writes_of_one_sector, VolumeMachine),
     (refused_writes_of_one_sector, EvictingMachine),
+    (a_commit_that_only_the_cache_held, EvictingMachine),
+    (a_commit_that_only_the_cache_held, EvictingBufferedMachine),
 ]
 
 

@@ -26,6 +26,7 @@ from rig import (
 from rig import write as write_at
 from simdisk import FOREVER, PowerLoss
 
+from vsnapfs.diffarea.layout import TABLE_SIZE, Layout
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.adoption import CLOSED
@@ -128,6 +129,26 @@ def test_what_another_opening_could_use_keeps_the_volume_closed(problem: Excepti
     assert content(rig) == NEW + OLD[BLOCK:]
     rig.close()
     assert not rig.host.memory
+
+
+def test_a_volume_that_stays_closed_is_not_healed_either() -> None:
+    """A descriptor sector with one bad copy is left as it is, too; the opening that goes on writes
+    it anew.
+    """
+    rig = left_by_a_kill()
+    area = rig.host.files["area"]
+    layout = Layout(BLOCK)
+    first, twin = (area.cache.read(at, TABLE_SIZE) for at in layout.table_offsets(0))
+    assert first == twin
+    where = layout.sector_offsets(0)[1]
+    for pages in (area.cache, area.disk):
+        pages.write(where, b"rot" * 100)
+    rig.host.ring_problem = Unusable("it belongs to another user (uid 1000)")
+    closed(rig)
+    rig.host.ring_problem = None
+    assert content(rig) == NEW + OLD[BLOCK:]
+    first, twin = (area.cache.read(at, TABLE_SIZE) for at in layout.table_offsets(0))
+    assert first == twin
 
 
 @pytest.mark.parametrize("where", ["file", "mapping", "records"])

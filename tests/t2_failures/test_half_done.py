@@ -386,3 +386,35 @@ def test_no_point_is_live_after_online_and_gone_at_the_next_opening(
 
 async def _live(volume: Volume) -> set[int]:
     return {point.number for point in volume.points}
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_superblock_that_only_the_host_s_cache_has_is_none(policy: str) -> None:
+    """After syncs that failed for good the next opening believes the disk: no fault 15, the volume
+    is as it was when the disk was last heard of.
+    """
+    rig = Rig(size=4 * BLOCK, on_full=policy)
+
+    async def begin(volume: Volume) -> None:
+        await write(volume, 0, pattern(1, 4 * BLOCK))
+        await volume.create_point()
+
+    async def end(volume: Volume) -> None:
+        # Of the next commit the first copy gets there, of all later ones nothing does.
+        rig.host.fail("area", "sync", errno.EIO, nth=2, times=FOREVER)
+        assert await attempt(volume.delete_point(1)) is not None
+
+    async def look(volume: Volume) -> None:
+        assert volume.core.area is not None
+        assert not volume.core.area_is_stale
+        assert 94 not in rig.log.ids()  # 79 and fault 15
+        if not volume.protection.is_online:
+            await volume.online()
+        await volume.create_point()
+        await write(volume, 0, pattern(2, BLOCK))
+        assert (await read_points(volume))[2] == pattern(1, 4 * BLOCK)
+
+    rig.run(begin)
+    rig.run(end)
+    rig.killed()
+    rig.run(look)

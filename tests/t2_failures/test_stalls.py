@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -22,7 +23,7 @@ from rig import (
     small_steps,
     write,
 )
-from scene import SIZE, Scene
+from scene import BLOCKS, SIZE, Scene
 from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER
 
@@ -202,6 +203,51 @@ def test_closing_does_not_wait_for_a_host_that_does_not_answer(policy: str, buff
     assert scene.replica() == before
     scene.exact()
     assert scene.write(0, SIZE) is None
+
+
+@pytest.mark.parametrize("buffer", [0, 4 * BLOCK + 4096], ids=["direct", "buffered"])
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_closing_waits_for_copies_on_their_way(operation: str, buffer: int) -> None:
+    """Writes in flight are given up after hold-timeout, but nobody else gets the files before the
+    host has answered; who still waits for a flush is refused, and that is no fault.
+    """
+    scene = Scene(buffer=buffer, hold_timeout=0.05)
+    scene.run(scene.create)
+    scene.rig.threads = True
+
+    async def main(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", operation) as copying:
+                writes = [
+                    Doing(nursery, write(volume, n * BLOCK, pattern(5, BLOCK)))
+                    for n in range(BLOCKS)
+                ]
+                await copying.reached()
+                await all_stand_still()
+                flushing = Doing(nursery, flush(volume))
+                closing = Doing(nursery, volume.close())
+                await trio.sleep(0.2)  # Longer than hold-timeout.
+                await all_stand_still()
+                assert any(not one.answered for one in writes)
+                assert scene.rig.host.files["area"].locked
+                copying.go()
+                await closing.ended()
+            await all_stand_still()
+            assert all(one.answered for one in writes)
+            if buffer:
+                with pytest.raises(OSError) as caught:
+                    await flushing.ended()
+                assert caught.value.errno == errno.ENODEV
+
+    # One record a time: there is something left when closing goes on.
+    with mock.patch("vsnapfs.volume.buffer._BATCH", 1):
+        scene.run(main)
+    assert not scene.rig.host.files["area"].locked
+    assert scene.ids() == []
+    scene.rig.killed()
+    scene.rig.threads = False
+    assert scene.fault is None
+    scene.exact()
 
 
 def test_a_growth_that_ends_in_time_leaves_a_clean_end() -> None:

@@ -20,9 +20,9 @@ import kill_loop, killing
 from vsnapfs.diffarea.layout import Layout
 real = killing.mount_again
 
-def mount_again(rig):
+def mount_again(rig, **options):
     damage(rig)
-    real(rig)
+    real(rig, **options)
 
 def flip(path, offset):
     with path.open("r+b") as file:

@@ -74,7 +74,8 @@ class Report:
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
     recovery points may be wrong after a power failure (durability "process"). replica_error: a
-    sync of the replica failed, which Linux tells once only.
+    sync of the replica failed, which Linux tells once only. to_heal: sectors that are to be written
+    (`DiffArea.heal`) before anything else is, if it is opened at all.
     """
 
     unclean: bool = False
@@ -88,6 +89,7 @@ class Report:
     suspect: int = 0
     problems: list[str] = field(default_factory=list)
     replica_error: OSError | None = None
+    to_heal: dict[int, SectorImage] = field(default_factory=dict)
 
 
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:
@@ -173,6 +175,14 @@ def open_area(
                 hint="It is not the replica this diff area was made for, or it has been resized.",
                 code="other-replica",
             )
+        if notes or not superblock.clean:
+            # What a killed server left in the host's cache must be durable before it is trusted,
+            # and must be read back from the disk, not from the cache, to be checked. The superblock
+            # as well: a failed sync leaves one that no disk has ever had.
+            backing.sync()
+            backing.forget_cache()
+            found, notes, rot = read_superblocks(backing)
+            superblock = found[0]
         scan = _Scan(backing, replica, superblock, notes)
         scan.area.is_old = superblock.generation < known
         scan.report.rot = rot
@@ -219,10 +229,6 @@ class _Scan:
     def run(self) -> tuple[DiffArea, Report]:
         area, report = self.area, self.report
         if report.unclean:
-            # What a killed server left in the host's cache must be durable before it is trusted,
-            # and must be read back from the disk, not from the cache, to be checked.
-            self.backing.sync()
-            self.backing.forget_cache()
             # What a failed sync of the replica lost, its cache may still show. A point that fell
             # through to that would change with the next power failure.
             self.replica.forget_cache()
@@ -251,7 +257,7 @@ class _Scan:
         self._keep_slots_of_damage()
         if self.heal and not area.is_old:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
-            area.heal(self.heal)
+            report.to_heal = self.heal
         return area, report
 
     def give_up(self) -> tuple[DiffArea, Report]:

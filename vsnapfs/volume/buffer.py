@@ -88,6 +88,7 @@ class WriteBuffer:
         self.acknowledged = 0
         self._released = 0
         self._running = False
+        self._ended = False
         self._arrived = trio.Event()
         self._preserved = trio.Event()
         self._freed = trio.Event()
@@ -255,6 +256,14 @@ class WriteBuffer:
         """Why what it holds may not outlive this process, "" if nothing speaks against that."""
         return "" if self.reason or self._store is None else self._store.doubt()
 
+    async def end(self) -> None:
+        """The volume is closed: who still waits for what is in the ring does not carry it out."""
+        self._ended = True
+        self.stuck = self.stuck or OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        self._wake()
+        async with self._preserving, self._overwriting:
+            self.close()
+
     def close(self) -> None:
         """Give the memory back; the ring stays for the next opening unless it was removed."""
         ring, self.ring = self.ring, None
@@ -377,7 +386,8 @@ class WriteBuffer:
 
     async def try_again(self) -> None:
         """`online`, or an opening: carry out what is left, before anything else. OSError."""
-        self.stuck = None
+        if not self._ended:
+            self.stuck = None
         wanted = self.acknowledged
         with trio.CancelScope(shield=True):
             while self._released < wanted and self.stuck is None:

@@ -217,6 +217,8 @@ class Volume:
             await self.buffer.adopt(give_up=give_up_write_buffer)
         except MemoryError:  # All of it stays as it is, for an opening that has the memory.
             opened.fault = opened.fault or no_memory()
+        # Not before: a volume that must stay closed is left as it is.
+        await self._heal_area(opened)
         if opened.fault is not None:
             self.buffer.hold(opened.fault)
         try:
@@ -230,6 +232,20 @@ class Volume:
             if doubt:
                 self.warnings.append(doubt)
                 self.log.log("vsnapfs", 1055, volume=self.core.name, reason=doubt)
+
+    async def _heal_area(self, opened: Opened) -> None:
+        """Write what recovery has decided on. If that fails, the area could not be opened."""
+        area, report = opened.core.area, opened.report
+        if area is None or report is None or not report.to_heal:
+            return
+        try:
+            await in_thread(area.heal, report.to_heal)
+        except MemoryError:
+            opened.fault = opened.fault or no_memory()
+        except FaultError as error:
+            opened.fault, opened.report, opened.core.area = error, None, None
+            self.account = Account(opened)
+            area.backing.close()
 
     async def _judge(self, opened: Opened) -> None:
         """Decide whether the volume is online, and make what was recovered durable."""
@@ -423,10 +439,12 @@ class Volume:
             self._stop.set()
             await self._stopped.wait()
             await self.onlookers.finish()
-            self.buffer.close()
-            await in_thread(self.writer.copier.close)
-            before_unlocking()
-            await in_thread(close_files, core)
+            await self.buffer.end()
+            # Not while copies are still on their way to an area that others could then open.
+            async with core.area_lock:
+                await in_thread(self.writer.copier.close)
+                before_unlocking()
+                await in_thread(close_files, core)
         if self.mountpoint is not None and not core.area_is_busy:
             self.log.log("vsnapfs", 1002, volume=core.name)
         close_log = getattr(core.log, "close", None)
