@@ -16,11 +16,13 @@ from mounted_rig import (
     MIB,
     Machine,
     Rig,
+    alive,
     errno_of,
     quiet,
     read_direct,
     sh,
     sha256,
+    until,
     vsnapfs,
     write_all,
 )
@@ -320,6 +322,39 @@ def test_a_host_that_makes_itself_read_only(machine: Machine) -> None:
     with rig.opened() as fd:
         assert os.pread(fd, 120000, MIB) == b"acknowledged" * 10000
     works(rig, checksums)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_loop
+def test_a_read_only_host_of_the_directory(machine: Machine) -> None:
+    """Replica and diff area elsewhere: the points can be looked at, without a state file, too."""
+    host = machine.host(48 * MIB)
+    rig = Rig(
+        host, size=SIZE, area=16 * MIB, replica=machine.base / "r", diff_area=machine.base / "a"
+    )
+    machine.rigs.append(rig)
+    machine.later(rig.clean_up)
+    rig.mount()
+    rig.write(0, random.Random(1).randbytes(SIZE))
+    checksums = {rig.create_point(): sha256(rig.point(1), direct=True)}
+    rig.write(0, bytes(MIB))
+    rig.unmount()
+    until(lambda: not alive(rig.pid))  # it has its log there
+    sh("mount", "-o", "remount,ro", host)
+    can_be_looked_at(machine, rig, checksums)
+    assert "is read-only now" in vsnapfs("recovery-point", "create", rig.directory, code=1)
+    sh("mount", "-o", "remount,rw", host)
+    (rig.directory / "state").unlink()
+    sh("mount", "-o", "remount,ro", host)
+    vsnapfs("rp", "export", rig.directory, "1", machine.base / "again.img")
+    assert sha256(machine.base / "again.img") == checksums[1]
+    assert "is read-only now" in vsnapfs("recovery-point", "create", rig.directory, code=1)
+    sh("mount", "-o", "remount,rw", host)
+    told: list[str] = []
+    rig.mount(warn=told.append)
+    assert len(told) == 1
+    works(rig, checksums)
+    rig.unmount()
 
 
 @pytest.mark.needs_loop

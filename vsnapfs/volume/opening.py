@@ -173,7 +173,12 @@ def _open_state(paths: VolumePaths, *, dry_run: bool) -> tuple[Backing, bool]:
             ) from error
         if dry_run:
             return Overlay(paths.state, None), True
-        state = FileBacking.create(paths.state)
+        try:
+            state = FileBacking.create(paths.state)
+        except OSError as problem:
+            if problem.errno == errno.EROFS:
+                raise _read_only_host(paths, paths.state) from problem
+            raise
         state.allocate(0, STATE_SIZE)
         state.write(0, bytes(STATE_SIZE))
         return state, True
