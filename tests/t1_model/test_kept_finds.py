@@ -63,6 +63,15 @@ def a_commit_that_only_the_cache_held(state: Any) -> None:
     state.damaged_for_a_while(close=False, number=0)
 
 
+def a_descriptor_that_cannot_be_read(state: Any) -> None:
+    """Fault 3, whose message said only that it was bad; the model knew of none."""
+    state.make(device=False, extra=0, seed=0, size=50152, stall=0, tight=None)
+    state.create()
+    state.damaged_after_a_kill(after=0, number=0, places=[0])
+    state.create()
+    state.write_while_the_area_fails(at=0, length=1, nth=2, operation=None, times=FOREVER)
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
@@ -70,6 +79,7 @@ FINDS = [
     (refused_writes_of_one_sector, EvictingMachine),
     (a_commit_that_only_the_cache_held, EvictingMachine),
     (a_commit_that_only_the_cache_held, EvictingBufferedMachine),
+    (a_descriptor_that_cannot_be_read, VolumeMachine),
 ]
 
 
