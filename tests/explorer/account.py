@@ -17,11 +17,11 @@ from dataclasses import replace
 import trio
 from rig import BLOCK, Rig, acknowledged, attempt, flush, pattern, raw_replica, read_point, write
 from simdisk import FOREVER, PowerLoss
-from unsynced import SECTOR, Sectors, made_durable, overwritten, sectors_of
+from unsynced import SECTOR, overwritten, sectors_of
 
 from vsnapfs.volume import Volume
 
-from .expected import Expected, Span, State
+from .expected import Expected, Span, State, kept, without
 
 
 class Play:
@@ -92,8 +92,8 @@ class Play:
         gone = self._given_up()
         if gone:
             for span in spans:
-                span.expected = _without(span.expected, gone)
-            during = _without(during, gone)
+                span.expected = without(span.expected, gone)
+            during = without(during, gone)
         area = volume.core.need_area()
         fault = volume.protection.fault
         offline = not volume.protection.is_online
@@ -181,7 +181,7 @@ class Play:
             self.content[offset : offset + len(data)] = data
         after = replace(during, exact=before.exact)
         for span, count in spans:
-            after = replace(after, sectors=_kept(during.sectors, answered[:count]))
+            after = replace(after, sectors=kept(during.sectors, answered[:count]))
             span.expected = replace(during, sectors=after.sectors, offline=None, fault=None)
         if not self._is_lossy:
             after = replace(after, exact=sectors_of(bytes(self.content)))
@@ -425,16 +425,3 @@ class Play:
     def length_of(self, first: int, count: int) -> int:
         """Bytes of blocks `first` … `first + count - 1`, a short last one included."""
         return min(count * BLOCK, len(self.content) - first * BLOCK)
-
-
-def _without(expected: Expected, gone: dict[int, bytes]) -> Expected:
-    """The same where these points may be there, and need not be."""
-    must = {number: held for number, held in expected.must.items() if number not in gone}
-    return replace(expected, must=must, may={**expected.may, **gone})
-
-
-def _kept(sectors: Sectors, answered: list[tuple[int, bytes]]) -> Sectors:
-    """What has been answered is kept, of the others nothing is known yet."""
-    for job in answered:
-        sectors = made_durable(sectors, *job)
-    return sectors
