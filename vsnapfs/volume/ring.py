@@ -34,6 +34,7 @@ from typing import NamedTuple
 import xxhash
 
 from ..backing import Bytes
+from ..diffarea.layout import MAX_COUNTER
 from ..diffarea.superblock import RingName
 from ..errors import FormatError
 
@@ -88,7 +89,7 @@ def head_of(size: int, name: RingName, volume_id: bytes) -> bytes:
 
 def read_head(memory: Bytes | mmap.mmap) -> Head:
     """What stands at the start of `memory`. FormatError, "foreign-version" if it was another's."""
-    if len(memory) <= RECORDS:
+    if len(memory) < RECORDS + ALIGN:
         raise FormatError("the write buffer has an impossible size")
     (check,) = struct.unpack_from("<Q", memory)
     magic, version, _, size, ring_id, volume_id, *place = _HEAD.unpack_from(memory, 8)
@@ -175,7 +176,9 @@ class Ring:
         found = []
         for turn, offset in enumerate(_CURSORS):
             check, sequence, position = _CURSOR.unpack_from(self.memory, offset)
-            if check == _hash(self.view[offset + 8 : offset + _CURSOR.size]) and sequence:
+            is_possible = 0 < sequence <= MAX_COUNTER and position <= MAX_COUNTER
+            is_whole = check == _hash(self.view[offset + 8 : offset + _CURSOR.size])
+            if is_whole and is_possible and position % ALIGN == 0:
                 found.append((sequence, position, turn))
         if not found:
             raise FormatError("both cursors of the write buffer fail their checksum")
