@@ -82,8 +82,8 @@ class Explorer:
     """See the module's note. To be used inside `engine_in_one_thread` and `trio.run`.
 
     limit: of each state so many choices, by dice, and of each workload at most AT_MOST states
-    (None: all). again: one image in so many; again_killed: of those that a kill left. report:
-    called now and then when there are new images.
+    (None: all). again: one image in so many; again_killed: of those that a kill left. powercuts:
+    the power fails, too. report: called now and then when there are new images.
     while_running, while_looking: what is wrong with the engine (see `mutants`).
     """
 
@@ -91,6 +91,7 @@ class Explorer:
     limit: int | None = None
     again: int = AGAIN
     again_killed: int = AGAIN_KILLED
+    powercuts: bool = True
     report: Callable[[], None] | None = None
     while_running: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     while_looking: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -204,7 +205,8 @@ class Explorer:
         for step in steps:
             snapshot, span, last = states[step]
             scene = Scene(snapshot)
-            for choice in choices(scene, last, dice, self.limit):
+            ends = choices(scene, last, dice, self.limit) if self.powercuts else []
+            for choice in ends:
                 problem = await self._judge(rig, scene, choice, span, dice)
                 if problem is not None:
                     raise Violation(

@@ -20,7 +20,7 @@ from unittest import mock
 
 import trio
 from damage import rot
-from rig import BLOCK, Rig, acknowledged, attempt, flush, write
+from rig import BLOCK, Rig, acknowledged, attempt, flush, read_replica, write
 from simdisk import Host, SimBacking, Snapshot
 from unsynced import SECTOR, Sectors
 
@@ -141,16 +141,8 @@ async def _give_up(volume: Volume, expected: Expected, allowed: Sectors) -> None
         await volume.online(give_up_recovery_points=True)
     assert volume.protection.is_online
     assert not volume.points
-    _check(await _replica(volume), allowed, "W3, W4")
+    _check(await read_replica(volume), allowed, "W3, W4")
     assert volume.points_service._next_number() > expected.newest, "a number is given out again"
-
-
-async def _replica(volume: Volume) -> bytes:
-    handle = volume.open_replica()
-    try:
-        return bytes(await handle.read(0, volume.size))
-    finally:
-        handle.close()
 
 
 def _lose(rig: Rig) -> None:
@@ -240,7 +232,10 @@ async def try_one(rig: Rig, make: Callable[[], Host], expected: Expected, which:
     name, happens, way = _WAYS[which % COUNT]
     here = rig.on(make())
     memory = {ring: bytes(data) for ring, data in here.host.memory.items()}
-    expected = replace(expected, sectors=carried_out_again(expected.sectors, memory))
+    sectors = carried_out_again(expected.sectors, memory)
+    if sectors == expected.sectors:
+        return None  # Nothing lies in the ring.
+    expected = replace(expected, sectors=sectors)
     try:
         if happens is not None:
             happens(here)

@@ -74,7 +74,8 @@ def test_the_explorer_finds_an_engine_that_is_wrong(mutant: Callable[..., None])
     explorer = Explorer()
     if mutant in WHILE_LOOKING:
         explorer.while_looking = broken
-        explorer.again, explorer.again_killed = (64, 1) if mutant in AFTER_A_KILL else (1, 8)
+        explorer.again, explorer.again_killed = 1, 1
+        explorer.powercuts = mutant not in AFTER_A_KILL
     else:
         explorer.while_running = broken
     with pytest.raises(Violation) as caught:
