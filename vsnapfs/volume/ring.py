@@ -158,9 +158,13 @@ class Ring:
         if found != Head(len(memory), name, volume_id):
             raise FormatError("it is the write buffer of another volume, or of a copy of this one")
         ring = cls(memory, name, fd, is_copy=is_copy)
-        if not ring.capacity:
-            raise FormatError("the write buffer has an impossible size")
-        ring._find_cursor()
+        try:
+            if not ring.capacity:
+                raise FormatError("the write buffer has an impossible size")
+            ring._find_cursor()
+        except BaseException:
+            ring.view.release()  # Or the caller could not unmap it.
+            raise
         return ring
 
     @property
