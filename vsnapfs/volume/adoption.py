@@ -6,8 +6,8 @@ Promises:
 
 * exactly that ring is carried out, under its own lock, or the volume does not open;
 * it is declared lost (event 1043) only if it is surely gone or surely bad. Whatever another user,
-  another tmpfs, another moment could change keeps the volume closed: ring and replica stay as
-  they are, and its points can be listed and exported;
+  another tmpfs, another moment could change keeps the volume closed: nothing is written, and its
+  points can be listed and exported;
 * a copy of a volume (its replica is another inode) leaves the original's ring alone and opens as
   after a power failure (event 1049); the same inode on another device is no copy: closed.
 

@@ -136,7 +136,7 @@ class Volume:
         points, as if with dry_run.
         mountpoint: where it is going to be served, None for a single command. Opens offline when
         something is wrong with the diff area (see `opening`). VsnapError, BusyError ("busy"),
-        FormatError; nothing has changed then but what was healed in the diff area.
+        FormatError; nothing has changed then.
         """
         check_write_buffer(write_buffer)
 
