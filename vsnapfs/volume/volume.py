@@ -289,6 +289,9 @@ class Volume:
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
         self._log_healed(report.healed)
+        if report.given_up:
+            # Told already, unless the end came between the record of it and the word.
+            self.policy.tell_lost(report.given_up, "they had been given up before this opening")
         if report.unclean:
             core.log.log(
                 "vsnapfs",
