@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -433,6 +435,31 @@ def test_the_control_socket_answers_under_load(mounted: Box) -> None:
             worker.join()
     assert sorted(took)[len(took) // 2] < 0.5
     assert max(took) < 3
+
+
+@pytest.mark.parametrize("limit", ["soft", "hard"])
+def test_without_descriptors_status_and_stop_are_answered(box: Box, limit: str) -> None:
+    """However many hold a connection, and whichever limit it is; server.log stays short."""
+    box.mount()
+    most = max(map(int, os.listdir(f"/proc/{box.pid}/fd"))) + 1
+    assert box.pid is not None
+    _, hard = resource.prlimit(box.pid, resource.RLIMIT_NOFILE)
+    both = (5, hard) if limit == "soft" else (most, most)
+    resource.prlimit(box.pid, resource.RLIMIT_NOFILE, both)
+    client.call(box.volume, "rp_create")  # as long as few ask, anything is answered
+    held = [socket.socket(socket.AF_UNIX) for _ in range(25)]
+    try:
+        for connection in held:
+            connection.connect(str(box.volume / "control.sock"))
+        for _ in range(3):
+            assert client.call(box.volume, "status")["state"] == "online"
+        client.call(box.volume, "stop")
+    finally:
+        for connection in held:
+            connection.close()
+    assert box.events()[-1] == 1002
+    (line,) = box.log().splitlines()
+    assert "with difficulty: Too many open files" in line
 
 
 def test_a_stuck_server_is_not_taken_for_dead(mounted: Box, monkeypatch: Any) -> None:

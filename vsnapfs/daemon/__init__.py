@@ -9,6 +9,7 @@ volume is closed cleanly. Leaves the tree to `fuse`, and everything a volume doe
     process.py      the process itself: limits, memory, its log, errors in groups
     control.py      the protocol on control.sock, server side
     listening.py    the file of that socket
+    accepting.py    lets clients in, without free descriptors, too
     clients.py      how many clients there may be, and who gives way to whom
     jobs.py         an operation under way: when it begins, and who may still give it up
     standby.py      answers on the socket while the host hangs under the server's own thread

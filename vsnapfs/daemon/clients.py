@@ -62,16 +62,18 @@ class Clients:
         self._farewell = farewell
         self._all: dict[Client, None] = {}  # an ordered set
 
-    def admit(self, client: Client) -> bool:
+    def admit(self, client: Client, *, short: bool = False) -> bool:
         """Count a newcomer in, perhaps in the place of another; False if there is none for it."""
         for is_guest, most in ((False, MAX_CLIENTS), (True, MAX_GUESTS)):
             same = [other for other in self._all if other.is_guest is is_guest]
-            if len(same) >= most:
+            is_full = len(same) >= most
+            if is_full or short:
                 other = _longest_quiet(same)
-                if other is None:
+                if other is not None:
+                    other.give_way(self._farewell)
+                    self.leave(other)
+                elif is_full or not is_guest:
                     continue
-                other.give_way(self._farewell)
-                self.leave(other)
             client.is_guest = is_guest
             self._all[client] = None
             return True

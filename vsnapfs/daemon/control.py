@@ -18,8 +18,8 @@ Promises: only root and the server's own user are answered; a request is at most
 client does or fails to do (silence, nonsense, half a line, not reading, going away) disturbs
 another client or the mount. An operation whose client goes before it has begun is never carried
 out; one that has begun runs to its end; one that only looks is ended. `status` and `stop` are
-always answered, whatever number of connections is held (see `clients`) and even while the host
-hangs so that this thread stands still (see `standby`).
+always answered, whatever number of connections is held (see `clients`), without free descriptors
+(see `accepting`) and even while the host hangs so that this thread stands still (see `standby`).
 
 Leaves the operations to `operations`, the moment they begin to `jobs`, and what stopping means to
 `lifecycle`.
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from vsnapfs.beginning import Abandoned, asked_by
+from vsnapfs.daemon.accepting import Reserve, let_in
 from vsnapfs.daemon.clients import ALWAYS, MAX_STOPS, Client, Clients, may_ask, too_many
 from vsnapfs.daemon.jobs import Job, gone
 from vsnapfs.daemon.listening import ControlSocket
@@ -71,12 +72,17 @@ class ControlServer:
     """
 
     def __init__(
-        self, directory: Path, volume: Volume, operations: Mapping[str, Operation]
+        self,
+        directory: Path,
+        volume: Volume,
+        operations: Mapping[str, Operation],
+        reserve: Reserve | None = None,
     ) -> None:
         self._directory = directory
         self._volume = volume
         self._operations = operations
         self._place = ControlSocket(directory)
+        self._reserve = Reserve() if reserve is None else reserve
         self._jobs: set[Job] = set()
         self._busy = 0  # connections that are owed an answer
         self._clients = Clients(encode({"error": too_many().to_json()}))
@@ -108,10 +114,10 @@ class ControlServer:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                # Accepting survives a shortage of descriptors; trio sees to that.
-                await trio.serve_listeners(self._connection, [listener])
+                await let_in(listener, self._reserve, self._connection)
         finally:
             standby.stop()
+            self._reserve.close()
 
     # ---- the end -------------------------------------------------------------------------------
 
@@ -140,10 +146,10 @@ class ControlServer:
 
     # ---- one connection ------------------------------------------------------------------------
 
-    async def _connection(self, stream: trio.SocketStream) -> None:
+    async def _connection(self, stream: trio.SocketStream, short: bool = False) -> None:
         client = Client(stream)
         try:
-            refusal = self._refusal(client)
+            refusal = self._refusal(client, short)
             if refusal is not None:
                 await self._send(stream, {"error": refusal.to_json()})
                 return
@@ -156,6 +162,7 @@ class ControlServer:
         finally:
             self._clients.leave(client)
             await trio.aclose_forcefully(stream)
+            self._reserve.fill()
 
     async def _serve(self, client: Client) -> None:
         while (line := await self._request(client)) is not None:
@@ -170,11 +177,11 @@ class ControlServer:
                 return
             client.quiet_since = trio.current_time()
 
-    def _refusal(self, client: Client) -> VsnapError | None:
+    def _refusal(self, client: Client, short: bool) -> VsnapError | None:
         """Why this client is not served, if so. One that may speak is counted in."""
         if not may_ask(client.stream.socket):
             return VsnapError("this volume belongs to another user", errno=13, code="not-allowed")
-        return None if self._clients.admit(client) else too_many()
+        return None if self._clients.admit(client, short=short) else too_many()
 
     async def _request(self, client: Client) -> bytes | None:
         """The next line; None when the client has nothing more to say, or says it too slowly."""

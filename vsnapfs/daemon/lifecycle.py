@@ -37,6 +37,7 @@ from vsnapfs.beginning import begin
 from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
 from vsnapfs.daemon.above import Syncing
+from vsnapfs.daemon.accepting import Reserve
 from vsnapfs.daemon.control import FINISH_SECONDS, ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
 from vsnapfs.daemon.preflight import Plan
@@ -126,6 +127,7 @@ class Server:
         self._device = ""
         self._volume: Volume | None = None
         self._interrupted = False
+        self._reserve = Reserve()
 
     async def run(self) -> None:
         """Open, mount, serve, close."""
@@ -134,7 +136,9 @@ class Server:
                 outer.start_soon(self._obey, signals, outer)
                 volume = await open_volume(self._plan, **self._opening)
                 self._volume = volume
-                control = ControlServer(self._plan.directory, volume, self._operations())
+                control = ControlServer(
+                    self._plan.directory, volume, self._operations(), self._reserve
+                )
                 try:
                     async with trio.open_nursery() as inner:
                         await inner.start(volume.run)
@@ -182,8 +186,10 @@ class Server:
         if self._closed.is_set():
             return
         try:
-            # Can be asked as long as it lasts. Gone before the lock is: the next one makes its own.
-            await volume.close(before_unlocking=control.unlink)
+            with self._reserve.lent():
+                # Can be asked as long as it lasts. Gone before the lock is: the next one makes
+                # its own.
+                await volume.close(before_unlocking=control.unlink)
         except BaseException as exc:
             self._close_failure = leading(exc)
             raise
@@ -237,28 +243,32 @@ class Server:
     async def _unmount(self) -> None:
         """Unmount, with nothing forced; returns when the FUSE loop has ended. BusyError if used."""
         async with self._unmounting:
-            if self._loop_ended.is_set():
-                return
-            top = mounts.top_mount(self._plan.mountpoint)
-            if top is None or top.device != self._device:
-                what = f"{top.fstype} is mounted over it" if top else "it was unmounted lazily"
-                raise BusyError(f"{shown(self._plan.mountpoint)} cannot be unmounted: {what}")
-            begin()  # unless whoever asked for it has gone
-            # In a thread: the kernel may ask this process before it answers.
-            await trio.to_thread.run_sync(mounts.unmount_now, self._plan.mountpoint)
-            with trio.move_on_after(_LOOP_END_SECONDS):
-                await self._loop_ended.wait()
-            if not self._loop_ended.is_set():
-                waits = self._waits()
-                raise BusyError(
-                    f"unmounted here, but requests are still under way{waits}"
-                    if waits
-                    else "unmounted here, but the file system is in use elsewhere",
-                    hint="The server closes the volume as soon as that is over."
-                    if waits
-                    else "It is mounted in another place or mount namespace; "
-                    "the server ends when that does.",
-                )
+            with self._reserve.lent():
+                await self._unmount_alone()
+
+    async def _unmount_alone(self) -> None:
+        if self._loop_ended.is_set():
+            return
+        top = mounts.top_mount(self._plan.mountpoint)
+        if top is None or top.device != self._device:
+            what = f"{top.fstype} is mounted over it" if top else "it was unmounted lazily"
+            raise BusyError(f"{shown(self._plan.mountpoint)} cannot be unmounted: {what}")
+        begin()  # unless whoever asked for it has gone
+        # In a thread: the kernel may ask this process before it answers.
+        await trio.to_thread.run_sync(mounts.unmount_now, self._plan.mountpoint)
+        with trio.move_on_after(_LOOP_END_SECONDS):
+            await self._loop_ended.wait()
+        if not self._loop_ended.is_set():
+            waits = self._waits()
+            raise BusyError(
+                f"unmounted here, but requests are still under way{waits}"
+                if waits
+                else "unmounted here, but the file system is in use elsewhere",
+                hint="The server closes the volume as soon as that is over."
+                if waits
+                else "It is mounted in another place or mount namespace; "
+                "the server ends when that does.",
+            )
 
     async def _obey(self, signals: AsyncIterator[int], outer: trio.Nursery) -> None:
         """The first signal unmounts, or pulls the disk if that cannot be; the second pulls."""

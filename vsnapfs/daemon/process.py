@@ -34,7 +34,7 @@ _OOM_SCORE = -500
 def prepare() -> None:
     """Make this process fit to serve. Before any thread starts: they inherit what is set here."""
     os.umask(0o077)
-    _raise_file_limit()
+    raise_file_limit()
     _become_io_flusher()
     try:
         Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
@@ -42,7 +42,8 @@ def prepare() -> None:
         pass  # needs CAP_SYS_RESOURCE
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
+    """As many descriptors as this process may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
