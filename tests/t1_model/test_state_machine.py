@@ -511,7 +511,8 @@ class VolumeMachine(RuleBasedStateMachine):
             assert isinstance(error, VsnapError)
             assert error.code == "no-way-online"
             fault = volume.protection.fault
-            return fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+            by_now = fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+            return by_now and self.model.fault is None
 
         by_damage = rig.run(look)
         assert (raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}) == before
