@@ -303,7 +303,8 @@ def _failing(file: str, operation: str | None, then: Operation, *, nth: int = 1)
 def _one_by_one(*operations: Operation) -> Operation:
     async def run(w: World, volume: Volume) -> None:
         for operation in operations:
-            await operation(w, volume)
+            if not w.closed:
+                await operation(w, volume)
 
     return run
 
