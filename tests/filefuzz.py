@@ -1,7 +1,8 @@
 """Hostile files: mutations of real diff areas and state files, and what must hold for each.
 
-Owns the judge; `mutations` has the volumes and the ways to change their files. Two kinds of case
-exist:
+Owns the judge; `mutations` has the volumes and the ways to change their files, `ring_mutations` the
+same for a ring with acknowledged writes, and for the names that superblock and state file have for
+it. Two kinds of case exist:
 
 * *rot*: bytes change as a disk, a careless copy or an old backup changes them, and no checksum is
   made to fit. Then every block of every recovery point reads exactly right or is EIO; `verify`
@@ -29,6 +30,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import ring_mutations
 import trio
 from mutations import Base, Mutator
 from rig import BLOCK, SMALLEST, Rig, attempt, pattern, raw_replica, write
@@ -249,9 +251,14 @@ def case(listed: list[Base], seed: int, number: int) -> Outcome:
     rig = base.rig.on(host)
     judge = Judge(base, forged=forged, dry=number % 4 == 0)
     before = raw_replica(rig)
+    watch = ring_mutations.Watch(rig) if base.memory else None
     try:
-        (mutator.forge if forged else mutator.rot)()
+        if watch is not None and dice.randrange(3):
+            watch.change(mutator, dice, forged=forged)
+        else:
+            (mutator.forge if forged else mutator.rot)()
         outcome.said += mutator.said
+        left = ring_mutations.untouched(host)
         with limits(), mock.patch("rig._inline", _at_once):
             try:
                 rig.run(judge.first)
@@ -260,6 +267,8 @@ def case(listed: list[Base], seed: int, number: int) -> Outcome:
                 if rig.volume is not None:  # It was open: then errors are for the judge.
                     raise
                 outcome.refused = str(error)
+                if watch and ring_mutations.untouched(host) != left:
+                    outcome.violation = f"changed, and then refused: {error}"
                 return outcome
             try:
                 rig.run(judge.second)
@@ -267,7 +276,9 @@ def case(listed: list[Base], seed: int, number: int) -> Outcome:
             except (VsnapError, OSError):
                 if not forged or rig.volume is not None:
                     raise
-        if not forged and not base.restoring and raw_replica(rig) != before:
+        if watch is not None:
+            outcome.violation = watch.problem(rig, forged=forged)
+        elif not forged and not base.restoring and raw_replica(rig) != before:
             outcome.violation = "the replica has changed"
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what we look for
         outcome.violation = f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ring_mutations
 import xxhash
 from rig import (
     BLOCK,
@@ -74,6 +75,7 @@ class Base:
     clean: bool = True
     restoring: bool = False
     live_slots: list[int] = field(default_factory=list)
+    memory: dict[bytes, bytes] = field(default_factory=dict)
 
     def host(self) -> Host:
         """A host of its own with these files."""
@@ -90,7 +92,8 @@ class Base:
             )
             for name, file in self.files.items()
         }
-        host._inodes, host._time = 10, 10**6
+        host._inodes, host._time = 100, 10**6
+        host.memory, host.boot = ring_mutations.Memory(self.memory), self.rig.host.boot
         return host
 
 
@@ -133,8 +136,9 @@ def _build(
 
         old.append(_old(rig))
         if end != "clean":
-            _end(rig, end)
+            _end(rig, end, contents)
     base = Base(name, rig, rig.host.files, contents, old, end == "clean", end == "restoring")
+    base.memory = {ring: bytes(memory) for ring, memory in rig.host.memory.items()}
     probe = rig.on(base.host())
 
     async def look(volume: Volume) -> None:
@@ -151,8 +155,11 @@ def _build(
     return base
 
 
-def _end(rig: Rig, end: str) -> None:
+def _end(rig: Rig, end: str, contents: dict[int, bytes]) -> None:
     """Let the volume end otherwise than by a clean close."""
+    if end == "ring":
+        ring_mutations.fill(rig, contents)
+        return
 
     async def more(volume: Volume) -> None:
         if end == "fault":
@@ -189,6 +196,7 @@ def bases() -> list[Base]:
         _build("restoring", end="restoring"),
         _build("one point", points=1, rounds=9),
         _build("smallest", maximum=SMALLEST, size=5 * BLOCK + 1, rounds=1),
+        _build("acknowledged", end="ring", buffer=ring_mutations.SIZE),
         _build("two groups", maximum=two_groups, area_is_device=True),
     ]
 

@@ -17,18 +17,19 @@ Everything is counted and decided by the test: nothing here is random or depends
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from vsnapfs.backing import Buffer, Bytes, FileId, Identity, Removed
 from vsnapfs.diffarea.superblock import RingName
-from vsnapfs.errors import BusyError
+from vsnapfs.errors import BusyError, FormatError
 from vsnapfs.volume.ring import Ring, read_head
 from vsnapfs.volume.shm import Unusable
 
@@ -440,15 +441,16 @@ class SimStore:
             raise self.host.ring_problem
         return self._locked(Ring.found(self.host.memory[name.ring_id], name, volume_id))
 
-    def _unlocked(self, volume_id: bytes, replica: FileId) -> list[RingName]:
-        heads = [read_head(memory) for memory in self.host.memory.values()]
-        return [
-            head.name
-            for head in heads
-            if head.volume_id == volume_id
-            and (head.name.device, head.name.inode) == replica[:2]
-            and head.name.ring_id not in self.host.locked_rings
-        ]
+    def _unlocked(self, volume_id: bytes, replica: FileId) -> Iterator[Ring]:
+        for ring_id, memory in list(self.host.memory.items()):
+            with contextlib.suppress(FormatError):
+                head = read_head(memory)
+                if (
+                    (head.volume_id, head.name.ring_id) == (volume_id, ring_id)
+                    and (head.name.device, head.name.inode) == replica[:2]
+                    and ring_id not in self.host.locked_rings
+                ):
+                    yield Ring.found(memory, head.name, volume_id)
 
     def is_there(self, ring: Ring) -> bool:
         return ring.name.ring_id in self.host.memory
@@ -457,9 +459,9 @@ class SimStore:
         self.host.memory.pop(ring.name.ring_id, None)
 
     def tidy(self, volume_id: bytes, replica: FileId) -> None:
-        for name in self._unlocked(volume_id, replica):
-            if not list(Ring.found(self.host.memory[name.ring_id], name, volume_id).records()):
-                del self.host.memory[name.ring_id]
+        for ring in self._unlocked(volume_id, replica):
+            if not list(ring.records()):
+                del self.host.memory[ring.name.ring_id]
 
     def doubt(self) -> str:
         return ""

@@ -444,8 +444,9 @@ class FileBacking:
 
     def identity(self) -> Identity:
         """See `Backing.identity`. A device has no ctime of its content: 0."""
-        if not self.is_device:
+        if not self.is_device and self._access != os.O_RDONLY:
             # fdatasync leaves the ctime behind: after a power loss it would seem to have changed.
+            # Who only reads has nothing to sync, and a host that has failed refuses even that.
             os.fsync(self._fd)
         info = os.fstat(self._fd)
         if self.is_device:

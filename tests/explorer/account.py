@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 
 import trio
-from rig import BLOCK, Rig, attempt, flush, pattern, raw_replica, read_point, write
-from simdisk import FOREVER
-from unsynced import SECTOR, Sectors, made_durable, overwritten, sectors_of
+from rig import BLOCK, Rig, acknowledged, attempt, flush, pattern, raw_replica, read_point, write
+from simdisk import FOREVER, PowerLoss
+from unsynced import SECTOR, overwritten, sectors_of
 
 from vsnapfs.volume import Volume
 
-from .expected import Expected, Span, State
+from .expected import Expected, Span, State, kept, without
 
 
 class Play:
@@ -44,7 +44,14 @@ class Play:
     async def start(self) -> None:
         """Open the volume. What is expected must have been set."""
         self.volume = await self.rig.open()
-        await self._nursery.start(self.volume.run)
+        await self._nursery.start(self._run, self.volume)
+
+    @staticmethod
+    async def _run(volume: Volume, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await volume.run(task_status=task_status)
+        except* PowerLoss:
+            pass  # It was killed.
 
     async def begin(self, before: Play | None = None) -> None:
         """Open a volume that was closed cleanly, or left as `before` says."""
@@ -85,8 +92,8 @@ class Play:
         gone = self._given_up()
         if gone:
             for span in spans:
-                span.expected = _without(span.expected, gone)
-            during = _without(during, gone)
+                span.expected = without(span.expected, gone)
+            during = without(during, gone)
         area = volume.core.need_area()
         fault = volume.protection.fault
         offline = not volume.protection.is_online
@@ -159,10 +166,13 @@ class Play:
         assert await self._during(work) is None
         during = before
         for (offset, data), error in zip(jobs, errors, strict=True):
-            # Of a write that was refused no byte may have reached the disk (W1).
             if error is not None:
                 assert error.errno == errno.ENODEV, error  # type: ignore[attr-defined]
-                continue
+                # Of a write that was refused no byte may have reached the disk (W1), but if only
+                # its flush was (O_DSYNC), it may be there.
+                there = acknowledged(self.rig, self.volume)[offset : offset + len(data)]
+                if not durably or there != data:
+                    continue
             during = replace(
                 during,
                 sectors=overwritten(during.sectors, offset, data),
@@ -171,7 +181,7 @@ class Play:
             self.content[offset : offset + len(data)] = data
         after = replace(during, exact=before.exact)
         for span, count in spans:
-            after = replace(after, sectors=_kept(during.sectors, answered[:count]))
+            after = replace(after, sectors=kept(during.sectors, answered[:count]))
             span.expected = replace(during, sectors=after.sectors, offline=None, fault=None)
         if not self._is_lossy:
             after = replace(after, exact=sectors_of(bytes(self.content)))
@@ -179,9 +189,12 @@ class Play:
         return errors
 
     async def carry_out(self) -> None:
-        """What was acknowledged is carried out: nothing that anybody sees changes by that."""
+        """What was acknowledged is carried out: nothing that anybody sees changes by that. (If it
+        cannot be, the volume is offline.)
+        """
         before = self._same()
-        assert await self._during(self.volume.buffer.drain) is None
+        error = await self._during(self.volume.buffer.drain)
+        assert error is None or not self.is_online, error
         self._answered(before, before)
 
     async def flush(self) -> BaseException | None:
@@ -378,6 +391,9 @@ class Play:
         observer = self.rig.host.observer
         self.rig.host = self.rig.host.kill()
         self.rig.host.observer = observer
+        # Should the old process do one step more, it changes nothing that the new one sees.
+        memory = self.rig.host.memory
+        self.rig.host.memory = {ring: bytearray(memory[ring]) for ring in memory}
         await self._go_on()
 
     async def _go_on(self) -> None:
@@ -409,16 +425,3 @@ class Play:
     def length_of(self, first: int, count: int) -> int:
         """Bytes of blocks `first` … `first + count - 1`, a short last one included."""
         return min(count * BLOCK, len(self.content) - first * BLOCK)
-
-
-def _without(expected: Expected, gone: dict[int, bytes]) -> Expected:
-    """The same where these points may be there, and need not be."""
-    must = {number: held for number, held in expected.must.items() if number not in gone}
-    return replace(expected, must=must, may={**expected.may, **gone})
-
-
-def _kept(sectors: Sectors, answered: list[tuple[int, bytes]]) -> Sectors:
-    """What has been answered is kept, of the others nothing is known yet."""
-    for job in answered:
-        sectors = made_durable(sectors, *job)
-    return sectors

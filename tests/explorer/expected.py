@@ -5,10 +5,13 @@ Owns these statements and nothing else: `account` makes them, `judge` compares w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from simdisk import Snapshot
-from unsynced import Sectors
+from unsynced import Sectors, made_durable, overwritten
+
+from vsnapfs.volume.ring import Ring, read_head
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,30 @@ class Span:
 
 
 State = tuple[Snapshot, Span, tuple[str, int] | None]
+
+
+def without(expected: Expected, gone: dict[int, bytes]) -> Expected:
+    """The same where these points may be there, and need not be."""
+    must = {number: held for number, held in expected.must.items() if number not in gone}
+    return replace(expected, must=must, may={**expected.may, **gone})
+
+
+def kept(sectors: Sectors, answered: list[tuple[int, bytes]]) -> Sectors:
+    """What has been answered is kept, of the others nothing is known yet."""
+    for job in answered:
+        sectors = made_durable(sectors, *job)
+    return sectors
+
+
+def carried_out_again(sectors: Sectors, memory: Mapping[bytes, bytes]) -> Sectors:
+    """The same while an opening after a kill carries out the rings in `memory`.
+
+    Some of it may be in the replica already: for a moment an older write lies over a newer one.
+    """
+    for data in memory.values():
+        copy = bytearray(data)
+        head = read_head(copy)
+        ring = Ring.found(copy, head.name, head.volume_id)
+        for record in ring.records():
+            sectors = overwritten(sectors, record.offset, bytes(ring.data(record)))
+    return sectors

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -188,12 +189,13 @@ class Scene:
 
     def host(self, overlay: Overlay, *, light: bool, killed: bool = False) -> Host:
         """The host that starts with this image. light: it cannot lose power itself, but is fast.
-        killed: only the process has ended, and shared memory is still there.
+        killed: only the process has ended, and shared memory is still there. (Of everything.)
         """
         host = LightHost() if light else PartlyHost()
         before = self._snapshot._host
         host._inodes, host._time, host.capacity = before._inodes, before._time, before.capacity
         host.boot = before.boot + (not killed)
+        host.tmpfs, host.device, host.born = before.tmpfs, before.device, before.born
         if killed:
             host.memory = {ring: bytearray(memory) for ring, memory in self.memory.items()}
         for name, (file, disk) in self._files.items():
@@ -203,7 +205,9 @@ class Scene:
             host.files[name] = SimFile(
                 file.inode,
                 cache=Pages(merged, size),
-                disk=Pages({} if light else dict(merged), size),
+                disk=self._disk_of(name, merged, size, light=light, killed=killed),
+                # What the process wrote is in the host's cache, and may still be lost.
+                journal=list(self._snapshot._files[name][2]) if killed and not light else [],
                 space=file.space if light else {unit for unit in file.space if unit < count},
                 written=set(file.written)
                 if size == file.cache.size
@@ -212,6 +216,13 @@ class Scene:
                 is_device=file.is_device,
             )
         return host
+
+    def _disk_of(
+        self, name: str, merged: dict[int, bytes], size: int, *, light: bool, killed: bool
+    ) -> Pages:
+        if killed and not light:
+            return self._files[name][1].copy()
+        return Pages({} if light else dict(merged), size)
 
     def words(self, choice: Choice) -> str:
         """A choice for people."""
@@ -342,6 +353,8 @@ class LightHost(Host):
     """A host for looking at an image: nothing is journaled, nothing fails."""
 
     def open(self, name: str) -> SimBacking:
+        if name not in self.files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         file = self.files[name]
         file.locked = True
         return _LightBacking(self, name, file)

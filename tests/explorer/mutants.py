@@ -25,7 +25,7 @@ from vsnapfs.volume.statefile import StateFile
 from vsnapfs.volume.volume import Volume
 from vsnapfs.volume.writer import Batch, Writer
 
-from .ring_mutants import RING_MUTANTS, RING_WHILE_LOOKING, Patch
+from .ring_mutants import AFTER_A_KILL, RING_MUTANTS, Patch
 
 
 @contextmanager
@@ -440,7 +440,7 @@ MUTANTS: dict[Callable[[Patch], None], str] = {
 WHILE_LOOKING = (
     descriptors_before_their_blocks,
     commit_over_the_only_good_copy,
-    *RING_WHILE_LOOKING,
+    *AFTER_A_KILL,
 )
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+from vsnapfs.backing import FileId
+from vsnapfs.diffarea.area import DiffArea
+from vsnapfs.diffarea.store import AreaStore
+from vsnapfs.diffarea.superblock import NO_RING, RingName
 from vsnapfs.volume import buffer, core
+from vsnapfs.volume.adoption import adopt
 from vsnapfs.volume.buffer import WriteBuffer
 from vsnapfs.volume.core import SharedSync
 from vsnapfs.volume.handles import ReplicaHandle, SynchronousHandle
+from vsnapfs.volume.points import Points
+from vsnapfs.volume.protection import Protection
 from vsnapfs.volume.ring import RECORDS, Record, Ring
 from vsnapfs.volume.writer import Writer
 
@@ -100,6 +109,98 @@ def capacity_that_is_not_rounded(patch: Patch) -> None:
     patch(Ring, "__init__", broken)
 
 
+def a_failed_copy_holds_up_nothing(patch: Patch) -> None:
+    """What was acknowledged overwrites its blocks, whatever became of their copies."""
+    preserve = Writer.preserve_acknowledged
+
+    async def broken(self: Writer, *args: Any) -> None:
+        await preserve(self, *args)
+
+    patch(Writer, "preserve_acknowledged", broken)
+
+
+def given_up_in_memory_only(patch: Patch) -> None:
+    """Points that acknowledged writes cost are gone for this process, and not on the disk."""
+    forget = Points.forget_all
+
+    async def commit(self: core.Core, **changes: Any) -> None:
+        area = self.need_area()
+        area.superblock = replace(area.superblock, **changes)
+
+    async def broken(self: Points) -> Any:
+        with (
+            mock.patch.object(core.Core, "commit", commit),
+            mock.patch.object(Protection, "record_given_up"),
+        ):
+            return await forget(self)
+
+    patch(Points, "forget_all", broken)
+
+
+def carried_out_over_damage(patch: Patch) -> None:
+    """An opening that cannot see all descriptors makes copies all the same."""
+    patch(WriteBuffer, "hold", lambda _self, _error: None)
+    patch(AreaStore, "require_sound", lambda _self: None)
+
+
+def the_ring_is_lost_with_the_area(patch: Patch) -> None:
+    """Giving up the points of a lost area does not ask the state file for the ring."""
+
+    async def broken(_self: WriteBuffer) -> None:
+        return
+
+    patch(WriteBuffer, "rescue", broken)
+
+
+def the_new_area_names_no_ring(patch: Patch) -> None:
+    """A diff area made in the place of a lost one forgets what is still to be carried out."""
+    format_it = DiffArea.format
+
+    def broken(*args: Any, **options: Any) -> DiffArea:
+        return format_it(*args, **options | {"ring": NO_RING})
+
+    patch(DiffArea, "format", broken)
+
+
+def what_cannot_be_used_is_lost(patch: Patch) -> None:
+    """A ring that another user could carry out is given up by this one, unasked."""
+
+    def broken(*args: Any, **_options: Any) -> Ring | None:
+        return adopt(*args, give_up=True)
+
+    patch(buffer, "adopt", broken)
+
+
+def given_up_and_named_again(patch: Patch) -> None:
+    """The superblock goes on naming a ring that was given up."""
+    adopt_it = WriteBuffer.adopt
+
+    async def broken(self: WriteBuffer, **options: Any) -> None:
+        area = self._core.area
+        before = area.superblock.ring if area is not None else NO_RING
+        await adopt_it(self, **options)
+        if area is not None and self.ring is None:
+            commit = area.commit
+
+            def named(**changes: Any) -> None:
+                commit(**changes | ({"ring": before} if "clean" not in changes else {}))
+
+            area.commit = named  # type: ignore[method-assign]
+
+    patch(WriteBuffer, "adopt", broken)
+
+
+def a_copy_takes_the_ring_for_its_own(patch: Patch) -> None:
+    """Whose ring it is, nobody asks."""
+
+    def broken(own: core.Core, store: Any, name: RingName, boot: bytes, **options: Any) -> Any:
+        here = FileId(name.device, name.inode, 0, 0)
+        with mock.patch.object(own.replica, "file_id", return_value=here):
+            return adopt(own, store, name, boot, **options)
+
+    patch(buffer, "adopt", broken)
+
+
 RING_MUTANTS: dict[Callable[[Patch], None], str] = {
     acknowledged_is_overwritten_at_once: "buffered: A carry-out",
     flush_forgets_the_buffer: "buffered: A flush",
@@ -107,8 +208,25 @@ RING_MUTANTS: dict[Callable[[Patch], None], str] = {
     records_are_released_before_they_are_there: "buffered: at-once flush",
     records_are_never_released: "buffered: A carry-out A",
     capacity_that_is_not_rounded: "buffered: A create A create A create A create A",
+    a_failed_copy_holds_up_nothing: "buffered: A carry-out-fails",
+    given_up_in_memory_only: "buffered-evict: A carry-out-fails",
+    carried_out_over_damage: "buffered: A flush",
+    the_ring_is_lost_with_the_area: "buffered: A",
+    the_new_area_names_no_ring: "buffered: A",
+    what_cannot_be_used_is_lost: "buffered: A",
+    given_up_and_named_again: "buffered: A",
+    a_copy_takes_the_ring_for_its_own: "buffered: A",
     o_dsync_without_its_flush: "fresh: AB-durably",
     o_dsync_does_not_wait_for_the_buffer: "buffered: A AB-durably",
     a_sync_covers_who_comes_during_it: "fresh: at-once-durably",
 }
-RING_WHILE_LOOKING = (what_a_kill_left_is_not_carried_out,)
+#: Rules of the opening after a kill.
+AFTER_A_KILL = (
+    what_a_kill_left_is_not_carried_out,
+    carried_out_over_damage,
+    the_ring_is_lost_with_the_area,
+    the_new_area_names_no_ring,
+    what_cannot_be_used_is_lost,
+    given_up_and_named_again,
+    a_copy_takes_the_ring_for_its_own,
+)

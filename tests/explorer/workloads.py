@@ -144,6 +144,15 @@ async def carry_out(play: Play) -> bool:
     return True
 
 
+async def carry_out_fails(play: Play) -> bool:
+    """The next sync of the diff area fails when what lies in the write buffer is preserved."""
+    if not play.volume.buffer.pending or not play.is_online:
+        return False
+    with play.failing_syncs("area"):
+        await play.carry_out()
+    return True
+
+
 async def write_fails(play: Play) -> bool:
     """A write whose next sync of the diff area fails."""
     if not play.is_online:
@@ -279,9 +288,10 @@ ALPHABET: dict[str, Operation] = {
     "reopen": reopen,
     "create-while-writing": create_while_writing,
     "carry-out": carry_out,
-    "AB-fails": _direct(write_fails),
-    "AB-dies": _direct(write_dies),
-    "create-fails": _direct(create_fails),
+    "carry-out-fails": carry_out_fails,
+    "AB-fails": write_fails,
+    "AB-dies": write_dies,
+    "create-fails": create_fails,
     "flush-fails": _direct(flush_fails),
 }
 #: Of these, sequences of four.
@@ -304,8 +314,8 @@ MORE: dict[str, Operation] = {
     "fill": fill,
     "all": write_all,
     "most": write_most,
-    "all-fails": _direct(all_fails),
-    "restore-fails": _direct(restore_fails),
+    "all-fails": all_fails,
+    "restore-fails": restore_fails,
     "grow-a-group": grow_a_group,
     "at-once-durably": at_once_durably,
 }
@@ -337,6 +347,12 @@ _LAYOUT = Layout(BLOCK)
 BEGINNINGS: dict[str, Beginning] = {
     # Nothing but the replica's content: flushed, no point.
     "fresh": Beginning(("A", "AB", "BC", "flush")),
+    # Writes are acknowledged in a write buffer, and carried out while the next operations run.
+    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=ODD_BUFFER),
+    # The same, and points are given up where a copy of what was acknowledged cannot be made.
+    "buffered-evict": Beginning(
+        ("A", "AB", "BC", "create", "all", "create"), buffer=ODD_BUFFER, on_full="evict"
+    ),
     # Three points, 30 of 32 slots taken, no way to grow: the third copy more is fault 8.
     "full": Beginning(_FULL, size=10 * BLOCK + 700),
     # The same, but points are given up instead.
@@ -351,8 +367,6 @@ BEGINNINGS: dict[str, Beginning] = {
         maximum=_LAYOUT.size_of(SLOTS_PER_GROUP),
         device=_LAYOUT.size_of(SLOTS_PER_GROUP + SLOTS_BEFORE_TWIN) + BLOCK,
     ),
-    # Writes are acknowledged in a write buffer, and carried out while the next operations run.
-    "buffered": Beginning(("A", "AB", "BC", "create", "all", "create"), buffer=ODD_BUFFER),
 }
 
 

@@ -23,6 +23,7 @@ from explorer.creation import SIZE, before_each_step, make
 from explorer.judge import Violation
 from explorer.mutants import MUTANTS, WHILE_LOOKING, broken_engine, flush_without_sync
 from explorer.processes import reduced
+from explorer.ring_mutants import AFTER_A_KILL
 from explorer.search import Explorer, in_one_process
 from explorer.workloads import Workload, parse
 
@@ -72,7 +73,9 @@ def test_the_explorer_finds_an_engine_that_is_wrong(mutant: Callable[..., None])
     broken = partial(broken_engine, mutant)
     explorer = Explorer()
     if mutant in WHILE_LOOKING:
-        explorer.while_looking, explorer.again = broken, 1
+        explorer.while_looking = broken
+        explorer.again, explorer.again_killed = 1, 1
+        explorer.powercuts = mutant not in AFTER_A_KILL
     else:
         explorer.while_running = broken
     with pytest.raises(Violation) as caught:

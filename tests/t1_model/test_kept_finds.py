@@ -40,7 +40,7 @@ class Replayed:
 
 def many_small_writes_of_one_sector(state: Any) -> None:
     """The model listed all that could be left of them: one process grew to 24 GB."""
-    state.make(device=False, extra=40, seed=1, size=81920, stall=0, tight=None)
+    state.make(device=True, extra=40, seed=1, size=81920, stall=0, tight=None)
     for at in range(0, 400, 10):  # one byte each, forty of them before any sync
         state.write_one(at=at, length=1, durably=False)
     state.power_failure(how="dice", seed=3)
@@ -63,6 +63,23 @@ def a_commit_that_only_the_cache_held(state: Any) -> None:
     state.damaged_for_a_while(close=False, number=0)
 
 
+def a_descriptor_that_cannot_be_read(state: Any) -> None:
+    """Fault 3, whose message said only that it was bad; the model knew of none."""
+    state.make(device=False, extra=0, seed=0, size=50152, stall=0, tight=None)
+    state.create()
+    state.damaged_after_a_kill(after=0, number=0, places=[0])
+    state.create()
+    state.write_while_the_area_fails(at=0, length=1, nth=2, operation=None, times=FOREVER)
+
+
+def a_shrink_after_a_failed_barrier(state: Any) -> None:
+    """With nothing to move it was refused: 'an earlier barrier has failed'."""
+    state.make(device=True, extra=40, seed=0, size=36865, stall=0, tight=None)
+    state.create()
+    state.write_while_the_area_fails(at=0, length=4097, nth=1, operation="sync", times=FOREVER)
+    state.resize(slots=0)
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
@@ -70,6 +87,8 @@ FINDS = [
     (refused_writes_of_one_sector, EvictingMachine),
     (a_commit_that_only_the_cache_held, EvictingMachine),
     (a_commit_that_only_the_cache_held, EvictingBufferedMachine),
+    (a_descriptor_that_cannot_be_read, VolumeMachine),
+    (a_shrink_after_a_failed_barrier, VolumeMachine),
 ]
 
 

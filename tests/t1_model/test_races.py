@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -430,6 +431,60 @@ async def _online_after_power_failure(rig: Rig) -> bool:
     return volume.protection.is_online
 
 
+def _slow_to_tell(rig: Rig) -> Pause:
+    """The event log is slow to take a fault, which is told before it is written down."""
+    log = rig.log.log
+
+    def slow_log(source: str, event_id: int, /, **params: object) -> None:
+        for hook in tuple(rig.host.hooks):
+            hook(SimpleNamespace(name="log"), "write", event_id, 0)  # type: ignore[arg-type]
+        log(source, event_id, **params)
+
+    rig.log.log = slow_log  # type: ignore[method-assign]
+    return Pause(rig, "log", "write", at=(80, 95))
+
+
+async def points_are_given_up_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
+    """P1: whoever gives up the points waits for the fault that is being written down. It is not
+    written down once it has been cleared: the next opening is online.
+    """
+    await volume.create_point()
+    rig.host.fail("area", "sync", errno.EIO)
+    async with trio.open_nursery() as nursery:
+        with _slow_to_tell(rig) as telling:
+            writer = Doing(nursery, write(volume, 0, NEW[:BLOCK]))
+            await telling.reached()
+            giving_up = Doing(nursery, volume.online(give_up_recovery_points=True))
+            await all_stand_still()
+            early = giving_up.answered
+            telling.go()
+            with pytest.raises(OSError, match="No such device"):
+                await writer.ended()
+            await giving_up.ended()
+    assert volume.protection.is_online
+    rig.killed()
+    reopened = await rig.open()
+    assert reopened.protection.is_online, "offline by a fault that had been cleared"
+    assert not early
+
+
+async def offline_is_asked_for_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
+    """P1: that it is offline already is answered when the disk knows it, too."""
+    await volume.create_point()
+    rig.host.fail("area", "sync", errno.EIO)
+    async with trio.open_nursery() as nursery:
+        with _slow_to_tell(rig) as telling:
+            writer = Doing(nursery, write(volume, 0, NEW[:BLOCK]))
+            await telling.reached()
+            going = Doing(nursery, volume.go_offline())
+            await all_stand_still()
+            assert not going.answered, "a kill now, and the next opening is online"
+            telling.go()
+            await going.ended()
+            with pytest.raises(OSError, match="No such device"):
+                await writer.ended()
+
+
 async def two_flushes_and_one_of_them_fails(rig: Rig, volume: Volume) -> None:
     """W4: Linux tells one caller of a lost page; a flush beside it must not be a success."""
     first, second = volume.open_replica(), volume.open_replica()
@@ -535,6 +590,8 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_flush_is_under_way,
     a_fault_comes_while_a_copy_is_on_its_way,
     somebody_is_refused_before_the_fault_is_durable,
+    points_are_given_up_before_the_fault_is_durable,
+    offline_is_asked_for_before_the_fault_is_durable,
     two_flushes_and_one_of_them_fails,
     a_synchronous_write_comes_while_a_sync_is_under_way,
     synchronous_writes_in_the_buffer_share_a_sync,
@@ -648,6 +705,20 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "refuse",
         "await self._persisted.wait()",
         "await trio.lowlevel.checkpoint()",
+    ),
+    "points are given up while the fault is written down": (
+        points_are_given_up_before_the_fault_is_durable,
+        Protection,
+        "recorded",
+        "await self._persisted.wait()",
+        "await trio.lowlevel.checkpoint()",
+    ),
+    "offline is answered while the fault is written down": (
+        offline_is_asked_for_before_the_fault_is_durable,
+        Protection,
+        "take_offline",
+        "await self.recorded()",
+        "pass",
     ),
     "two syncs of the replica at a time": (
         two_flushes_and_one_of_them_fails,

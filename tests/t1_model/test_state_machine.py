@@ -67,6 +67,8 @@ class VolumeMachine(RuleBasedStateMachine):
     buffer = 0
     #: The diff area fails, on purpose.
     failing = False
+    #: Nothing can be read of the area either.
+    unreadable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +140,8 @@ class VolumeMachine(RuleBasedStateMachine):
                 allowed.add(FaultCode.GROW_FAILED)
             if self.failing:
                 allowed |= {FaultCode.COW_WRITE_FAILURE, FaultCode.IO_FAILURE}
+            if self.unreadable:  # What cannot be read is bad, for now at least.
+                allowed.add(FaultCode.META_DATA_CORRUPTION)
             assert fault.code in allowed, fault
             assert self.policy == "offline"
             assert fault.used is not None
@@ -209,11 +213,11 @@ class VolumeMachine(RuleBasedStateMachine):
                 # A flush that succeeds, or that fails, may have brought anything to the disk.
 
         failure = self.rig.host.fail("area", operation, errno.EIO, nth=nth, times=times)
-        self.failing = True
+        self.failing, self.unreadable = True, operation is None
         self.perform(write_and_wait)
         self.rig.run(self.noticed)
         self.rig.host.failures.remove(failure)
-        self.failing = False
+        self.failing = self.unreadable = False
 
     async def noticed(self, volume: Volume) -> None:
         """While it still fails: what it did is the model's state."""
@@ -507,7 +511,8 @@ class VolumeMachine(RuleBasedStateMachine):
             assert isinstance(error, VsnapError)
             assert error.code == "no-way-online"
             fault = volume.protection.fault
-            return fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+            by_now = fault is not None and fault.code is FaultCode.META_DATA_CORRUPTION
+            return by_now and self.model.fault is None
 
         by_damage = rig.run(look)
         assert (raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}) == before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+from unittest import mock
 
 import pytest
-from rig import BLOCK, SMALLEST, attempt, pattern, read_point, small_steps, write
+from rig import BLOCK, SMALLEST, MemoryLog, attempt, pattern, read_point, small_steps, write
 from scene import SIZE, Scene
-from simdisk import FOREVER
+from simdisk import FOREVER, PowerLoss
 
-from vsnapfs.volume import Volume
+from vsnapfs.volume import Volume, points
 
 
 def _given_up(scene: Scene, event: int) -> None:
@@ -105,6 +106,40 @@ def test_points_go_when_the_host_has_no_space_to_grow() -> None:
         assert gone == list(range(1, len(gone) + 1))
         assert gone
         scene.exact(only={number for number in scene.points if number > len(gone)})
+
+
+@pytest.mark.parametrize("event", [14, 33, 35, 58])
+def test_no_point_is_lost_without_a_word(event: int) -> None:
+    """Killed the instant before it is said that points are lost: they are still there, or the next
+    opening says it.
+    """
+    with small_steps(), mock.patch.object(points, "MAX_POINTS", 2 if event == 58 else 100):
+        scene = Scene(on_full="evict", maximum=SMALLEST + (100 * BLOCK if event == 35 else 0))
+        host, log = scene.rig.host, scene.rig.log
+        if event == 35:
+            host.fail("area", "allocate", errno.ENOSPC, times=FOREVER)
+        if event in (33, 35):
+            scene.run(scene.fill, 4)
+        if event == 14:
+            host.fail("area", "write", errno.EIO)
+
+        def killed_before(source: str, number: int, /, **params: object) -> None:
+            if number == event:
+                host.dead = True
+                raise PowerLoss
+            MemoryLog.log(log, source, number, **params)
+
+        with mock.patch.object(log, "log", killed_before), pytest.raises(PowerLoss):
+            scene.run(scene.create) if event == 58 else scene.write(0, SIZE)
+        scene.rig.killed()
+
+        async def look(volume: Volume) -> None:
+            there = {point.number for point in volume.points}
+            told = {number for _, _, params in log.events for number in params.get("points", ())}
+            assert set(scene.points) == there | told
+            assert not there & told
+
+        scene.run(look)
 
 
 def test_no_point_goes_because_growing_takes_longer_than_grow_timeout() -> None:

@@ -39,6 +39,7 @@ from vsnapfs.diffarea.layout import (
 )
 from vsnapfs.errors import FaultCode, VsnapError
 from vsnapfs.volume import Volume
+from vsnapfs.volume.buffer import WriteBuffer
 from vsnapfs.volume.create import create_volume
 from vsnapfs.volume.statefile import COPY_SIZE, STATE_SIZE
 
@@ -71,6 +72,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "valid_sectors",
         lambda *_: np.ones(SECTORS_PER_GROUP, dtype=bool),
     ),
+    "the ring is not read": (WriteBuffer, "_take_over", lambda *_: None),
     "verify keeps quiet": (verify, "hidden_ranges", lambda *_: []),
     "the twin is not asked": (
         recovery._Scan,

@@ -26,7 +26,7 @@ from rig import write as write_at
 from simdisk import FOREVER, PowerLoss
 
 from vsnapfs.diffarea.superblock import RingName
-from vsnapfs.errors import VsnapError
+from vsnapfs.errors import FormatError, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.ring import RECORDS, Ring
 
@@ -244,6 +244,56 @@ def test_a_full_ring_refuses_and_takes_again_after_a_release() -> None:
 
 
 # -- where it lives -------------------------------------------------------------------------------
+
+
+@pytest.mark.time_limit(30)
+def test_a_ring_that_is_too_small_for_a_write_is_replaced() -> None:
+    """Whoever made it knew of no writes as long as this: what it holds is carried out, and a new
+    one takes its place; nobody waits for room that there will never be.
+    """
+    rig = made(buffer=RECORDS + 2 * (64 + 512))
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW[:512])
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    rig.buffer = 64 * 1024
+
+    async def go_on(volume: Volume) -> None:
+        await write_at(volume, BLOCK, NEW)
+        assert volume.buffer.ring is not None
+        assert volume.buffer.ring.capacity >= BLOCK
+
+    rig.run(go_on)
+    assert content(rig) == NEW[:512] + OLD[512:BLOCK] + NEW + OLD[2 * BLOCK :]
+    assert len(rig.host.memory) == 1
+    assert lost(rig) == 0
+
+
+@pytest.mark.parametrize("position", [1, 63, 2**63, 2**64 - 64])
+def test_a_cursor_that_no_ring_can_have_written_is_none(position: int) -> None:
+    """Its checksum fits, its number does not: an error, and nothing is read from there."""
+    name, volume_id = RingName(bytes(range(16)), 1, 2, 3), bytes(16)
+    memory = bytearray(RECORDS + 1024)
+    ring = Ring.make(memory, name, volume_id)
+    for _ in range(2):
+        ring._write_cursor(5, position)
+    with pytest.raises(FormatError):
+        Ring.found(memory, name, volume_id)
+
+
+@pytest.mark.parametrize("size", [RECORDS + 1, RECORDS + 63])
+def test_a_ring_without_room_for_any_record_is_none(size: int) -> None:
+    """Whatever its head says."""
+    name, volume_id = RingName(bytes(range(16)), 1, 2, 3), bytes(16)
+    memory = bytearray(size)
+    Ring.make(memory, name, volume_id)
+    with pytest.raises(FormatError):
+        Ring.found(memory, name, volume_id)
 
 
 def test_without_room_in_shared_memory_writes_wait_for_their_copies(

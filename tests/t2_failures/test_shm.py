@@ -137,6 +137,19 @@ def test_a_ring_that_was_written_over_is_none(volume_id: bytes) -> None:
 # -- more than one --------------------------------------------------------------------------------
 
 
+def test_a_ring_of_which_both_cursors_rotted_is_none(volume_id: bytes) -> None:
+    """As for any other that is surely bad: FormatError, and tidying leaves it where it is."""
+    store = SharedMemory((SHM,))
+    ring = store.make(SIZE, volume_id, REPLICA)
+    for at in (512, 1024):
+        ring.memory[at : at + 24] = b"x" * 24
+    ring.close()
+    with pytest.raises(FormatError):
+        store.find(ring.name, volume_id, REPLICA)
+    store.tidy(volume_id, REPLICA)
+    assert len(paths(volume_id)) == 1
+
+
 def test_tidying_removes_only_what_is_ours_empty_and_unlocked(volume_id: bytes) -> None:
     """Not a copy's ring, not one that somebody serves with, not one that nobody has read."""
     store = SharedMemory((SHM,))

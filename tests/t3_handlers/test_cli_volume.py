@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,8 +16,12 @@ import pytest
 import trio
 from cli_backend import MIB, ok, refused, run
 
+from vsnapfs import locks
 from vsnapfs.cli.app import app
+from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
+from vsnapfs.volume.adoption import CLOSED
+from vsnapfs.volume.buffer import WriteBuffer
 
 SIZE = 8 * MIB + 12345
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "commands"
@@ -407,3 +412,39 @@ def test_the_index_lists_every_page() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == listed | {"index"}
     for code in ("0", "1", "2", "3", "5", "130", "141"):
         assert f"\n| {code} |" in index
+
+
+@pytest.mark.parametrize("ring", ["none", "held by somebody"])
+def test_points_behind_another_fault_can_be_looked_at(
+    vol: Path, monkeypatch: pytest.MonkeyPatch, ring: str
+) -> None:
+    """A diff area that takes no writes shows its points whatever else keeps the volume offline."""
+    write(vol, (0, noise(1, SIZE)))
+    ok("recovery-point", "create", vol)
+    before = status(vol)
+    fill(vol)
+    assert status(vol)["fault"]["code"] == 8
+    opened = locks.open_file
+
+    def read_only(path: Path, access: int, **options: Any) -> int:
+        if path.name == "diff-area" and access & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, access, **options)
+
+    monkeypatch.setattr(locks, "open_file", read_only)
+    if ring != "none":
+        closed = VsnapError("a ring is held", hint="Wait.", errno=errno.EBUSY, code=CLOSED)
+
+        async def held(*_: Any, **__: Any) -> None:
+            raise closed
+
+        monkeypatch.setattr(WriteBuffer, "_adopt", held)
+    assert "no recovery points" not in ok("recovery-point", "list", vol).stdout
+    ok("verify", vol)
+    out = vol.parent / "out.img"
+    ok("recovery-point", "export", vol, "1", out)
+    assert out.read_bytes() == noise(1, SIZE)
+    after = status(vol)
+    assert after["recovery_points"] == before["recovery_points"]
+    assert ("held" if ring != "none" else "Read-only") in after["trouble"]
+    assert after["fault"]["code"] == 8

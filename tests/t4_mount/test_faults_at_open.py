@@ -308,7 +308,8 @@ def test_a_host_that_makes_itself_read_only(machine: Machine) -> None:
     with rig.opened(os.O_RDWR | os.O_DSYNC) as fd:
         write_all(fd, b"acknowledged" * 10000, MIB)
     rig.kill()
-    Path(f"/sys/fs/ext4/{Path(device).name}/trigger_fs_error").write_text("1")
+    broken = Path(f"/sys/fs/ext4/{Path(device).name}/trigger_fs_error")
+    broken.write_text("1")
     can_be_looked_at(machine, rig, checksums)
     assert "is read-only now" in vsnapfs("recovery-point", "create", rig.directory, code=1)
     (status,) = json.loads(quiet(*CLI, "status", "--json", rig.directory).stdout)
@@ -317,11 +318,14 @@ def test_a_host_that_makes_itself_read_only(machine: Machine) -> None:
     rig.clean_up()  # the dead mount
     sh("umount", host)
     quiet("e2fsck", "-fy", device)
-    sh("mount", device, host)
+    sh("mount", "-o", "errors=remount-ro", device, host)
     rig.mount()
     with rig.opened() as fd:
         assert os.pread(fd, 120000, MIB) == b"acknowledged" * 10000
     works(rig, checksums)
+    rig.unmount()  # cleanly closed, it cannot even be synced then
+    broken.write_text("1")
+    can_be_looked_at(machine, rig, checksums)
 
 
 @pytest.mark.slow

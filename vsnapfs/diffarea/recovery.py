@@ -75,7 +75,8 @@ class Report:
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
     recovery points may be wrong after a power failure (durability "process"). replica_error: a
     sync of the replica failed, which Linux tells once only. to_heal: sectors that are to be written
-    (`DiffArea.heal`) before anything else is, if it is opened at all.
+    (`DiffArea.heal`) before anything else is, if it is opened at all. given_up: points in the
+    catalog that do not count, because their loss had been recorded elsewhere.
     """
 
     unclean: bool = False
@@ -90,6 +91,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     replica_error: OSError | None = None
     to_heal: dict[int, SectorImage] = field(default_factory=dict)
+    given_up: list[int] = field(default_factory=list)
 
 
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:

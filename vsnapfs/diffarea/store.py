@@ -428,7 +428,8 @@ class AreaStore:
         valid = [image for image in copies if image is not None]
         if not valid:
             raise FaultError(
-                FaultCode.META_DATA_CORRUPTION, f"both copies of descriptor sector {sector} are bad"
+                FaultCode.META_DATA_CORRUPTION,
+                f"both copies of descriptor sector {sector} are bad or cannot be read",
             )
         return max(valid, key=lambda image: image.barrier)
 

@@ -290,6 +290,9 @@ class WriteBuffer:
             return False
         record = ring.append(offset, data)
         if record is None:
+            # If there is no room in an empty one, there never will be: whoever made it knew nothing
+            # of writes as long as this, and another takes its place.
+            self._retired = not self.pending
             return False
         try:
             self._enter(record)

@@ -41,6 +41,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             f"volume {core.name} is online: there is nothing to give up",
             hint="Single points go with 'vsnapfs recovery-point delete'.",
         )
+    await protection.recorded()  # Or the fault would be written down after it has been cleared.
     old = core.area
     maximum = old.maximum if old else protection.saved.maximum
     if not maximum:

@@ -288,12 +288,14 @@ def _open_area(
     behind = given_up > area.superblock.epoch
     if behind or any(point.number <= given_up for point in area.superblock.points):
         # Recorded as lost where the superblock could not be changed any more.
-        kept = tuple(point for point in area.superblock.points if point.number > given_up)
+        points = area.superblock.points
+        kept = tuple(point for point in points if point.number > given_up)
         # Perhaps an area that was thought lost: numbers given out since must not come again.
         epoch = max(area.superblock.epoch, saved.epoch, given_up)
         area.superblock = replace(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )
+        report.given_up = [point.number for point in points if point.number <= given_up]
         numbers = [point.number for point in kept]
         if not area.is_unread:
             area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)

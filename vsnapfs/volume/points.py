@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import unicodedata
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -154,10 +154,13 @@ class Points:
                 code="too-many-points",
             )
         oldest = core.points[0]
-        await self._committed(self.remove([oldest.number]), "no recovery point was taken")
-        core.log.log(
-            "volsnap", 58, volume=core.name, point=oldest.number, label=oldest.label or None
-        )
+
+        def tell() -> None:
+            label = oldest.label or None
+            core.log.log("volsnap", 58, volume=core.name, point=oldest.number, label=label)
+
+        work = self.remove([oldest.number], tell)
+        await self._committed(work, "no recovery point was taken")
 
     async def _take(self, number: int, label: str) -> RecoveryPoint:
         """With writes held and none in flight."""
@@ -255,10 +258,12 @@ class Points:
             )
             core.log.log("vsnapfs", 1091, volume=core.name, reason=reason)
 
-    async def remove(self, numbers: list[int]) -> bool:
+    async def remove(self, numbers: list[int], tell: Callable[[], None] | None = None) -> bool:
         """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
 
         Asks nobody: eviction comes here from within a write. False if they were gone already.
+        tell: says so, where nobody has asked for it. Called before: a kill in between, or a commit
+        that fails, and it is said twice, or too early; it never happens without a word.
         """
         core = self._core
         area = core.need_area()
@@ -268,6 +273,8 @@ class Points:
                 return False
             restoring = area.superblock.restoring
             core.admin.begin()
+            if tell is not None:
+                tell()
             await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
             self.gone.update(numbers)
             area.zero_spans.clear()  # Some of their slots will be free.
@@ -294,12 +301,14 @@ class Points:
         kept = area.index.live_slots(live)
         area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
 
-    async def forget_all(self) -> FaultError | None:
+    async def forget_all(self, tell: Callable[[list[int]], None]) -> FaultError | None:
         """Give up every point even if the diff area cannot be written any more. FaultError 13.
 
         The state file records the loss first: a superblock that could not be changed must not
         bring the points back, their blocks are going to be overwritten without a copy. Nor may one
         copy of it that a failed commit has left behind. Returns why it could not be changed.
+        tell: says which points are lost, if there are any, before they are anywhere but recorded
+        so: the next opening says it for those that it drops.
         """
         core, protection = self._core, self._protection
         area = core.need_area()
@@ -309,6 +318,8 @@ class Points:
             number = max(area.superblock.epoch, protection.saved.epoch)
             if number > protection.saved.given_up:
                 await protection.record_given_up(number)
+            if numbers:
+                tell(numbers)
             try:
                 await core.commit(points=(), restoring=0, epoch=number)
             except FaultError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 
@@ -70,8 +71,10 @@ class Policy:
         #: Why the diff area, which cost all points, could not even record that.
         self._failure: FaultError | None = None
         self._giving_up = trio.Lock()
-        self.remove_points: Callable[[list[int]], Awaitable[bool]]
-        self.forget_all_points: Callable[[], Awaitable[FaultError | None]]
+        self.remove_points: Callable[[list[int], Callable[[], None]], Awaitable[bool]]
+        self.forget_all_points: Callable[
+            [Callable[[list[int]], None]], Awaitable[FaultError | None]
+        ]
 
     # -- the table --------------------------------------------------------------------------------
 
@@ -133,24 +136,16 @@ class Policy:
             if not core.points or core.need_area().slots.free >= needed:
                 return None
             oldest = core.points[0]
+
+            def tell() -> None:
+                number = 33 if error.code is FaultCode.DIFF_AREA_FULL else 35
+                label = oldest.label or None
+                self._log(number, error.message, point=oldest.number, label=label)
+
             try:
-                if not await self.remove_points([oldest.number]):
-                    return None  # Somebody has deleted it.
+                await self.remove_points([oldest.number], tell)
             except FaultError as failure:
                 return failure
-        area = core.need_area()
-        core.log.log(
-            "volsnap",
-            33 if error.code is FaultCode.DIFF_AREA_FULL else 35,
-            volume=core.name,
-            point=oldest.number,
-            label=oldest.label or None,
-            diff_area=str(area.backing.path),
-            used=area.used,
-            allocated=area.allocated,
-            maximum=area.maximum,
-            reason=error.message,
-        )
         return None
 
     async def _give_up_all(self, error: FaultError) -> FaultError | None:
@@ -158,32 +153,42 @@ class Policy:
         core = self._core
         if error.code is FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA:
             core.area_is_stale = True
+        told = False
+
+        def tell(points: list[int]) -> None:
+            nonlocal told
+            told = True
+            self.tell_lost(points, error.message)
+
         async with self._giving_up:
-            points = [point.number for point in core.points]
             known = self._failure
             try:
-                self._failure = await self.forget_all_points()
+                self._failure = await self.forget_all_points(tell)
             except FaultError as failure:
                 return failure
-        area = core.need_area()
-        if self._failure is None and not area.is_sound:
+        if self._failure is None and not core.need_area().is_sound:
             self._failure = error  # A commit passes, a copy never will.
-        if points:
-            core.log.log(
-                "volsnap",
-                14,
-                volume=core.name,
-                points=points,
-                count=len(points),
-                diff_area=str(area.backing.path),
-                used=area.used,
-                allocated=area.allocated,
-                maximum=area.maximum,
-                reason=error.message,
-            )
-        elif self._failure is not None and known is None:
+        if not told and self._failure is not None and known is None:
             core.log.log("vsnapfs", 1091, volume=core.name, reason=self.trouble)
         return None
+
+    def tell_lost(self, points: list[int], reason: str) -> None:
+        """Log that these points, all there were, are given up."""
+        self._log(14, reason, points=points, count=len(points))
+
+    def _log(self, event_id: int, reason: str, **params: Any) -> None:
+        area = self._core.need_area()
+        self._core.log.log(
+            "volsnap",
+            event_id,
+            volume=self._core.name,
+            diff_area=str(area.backing.path),
+            used=area.used,
+            allocated=area.allocated,
+            maximum=area.maximum,
+            reason=reason,
+            **params,
+        )
 
     @property
     def trouble(self) -> str | None:

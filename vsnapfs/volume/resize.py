@@ -195,9 +195,16 @@ class Resize:
         async with core.area_lock:
             self._check_still_wanted(area)
             stale = range(target, min(len(area.slots), area.layout.group_end(target)))
-            await in_thread(area.clear_descriptors, stale)
+            await in_thread(self._clear, area, stale)
 
-    def _move(self, area: DiffArea, moves: list[tuple[int, int, int, int]]) -> None:
+    @staticmethod
+    def _clear(area: DiffArea, slots: range) -> None:
+        if area.needs_rollback:
+            area.rollback()
+        area.clear_descriptors(slots)
+
+    @staticmethod
+    def _move(area: DiffArea, moves: list[tuple[int, int, int, int]]) -> None:
         if area.needs_rollback:
             area.rollback()
         area.move_copies(moves)

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import xxhash
 
 from ..backing import Bytes
+from ..diffarea.layout import MAX_COUNTER
 from ..diffarea.superblock import RingName
 from ..errors import FormatError
 
@@ -159,7 +160,13 @@ class Ring:
         if found != Head(len(memory), name, volume_id):
             raise FormatError("it is the write buffer of another volume, or of a copy of this one")
         ring = cls(memory, name, fd, is_copy=is_copy)
-        ring._find_cursor()
+        try:
+            if not ring.capacity:
+                raise FormatError("the write buffer has an impossible size")
+            ring._find_cursor()
+        except BaseException:
+            ring.view.release()  # Or the caller could not unmap it.
+            raise
         return ring
 
     @property
@@ -177,7 +184,9 @@ class Ring:
         found = []
         for turn, offset in enumerate(_CURSORS):
             check, sequence, position = _CURSOR.unpack_from(self.memory, offset)
-            if check == _hash(self.view[offset + 8 : offset + _CURSOR.size]) and sequence:
+            is_possible = 0 < sequence <= MAX_COUNTER and position <= MAX_COUNTER
+            is_whole = check == _hash(self.view[offset + 8 : offset + _CURSOR.size])
+            if is_whole and is_possible and position % ALIGN == 0:
                 found.append((sequence, position, turn))
         if not found:
             raise FormatError("both cursors of the write buffer fail their checksum")

@@ -166,18 +166,21 @@ class Volume:
 
         try:
             volume = await attempt(dry_run=dry_run)
+            problem = volume.account.opened.fault
+            if not look_only or volume.core.area is not None or problem is None:
+                return volume
+            if problem.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
+                return volume
+            # Only the diff area takes no writes. That is recorded now; its points can be read.
+            await volume.close()
+            trouble = volume.protection.trouble
+            volume = await attempt(dry_run=True)
+            volume.protection.trouble = volume.protection.trouble or trouble
+            return volume
         except VsnapError as error:
             if error.code not in (CLOSED, READ_ONLY_HOST) or not look_only:
                 raise
             return await attempt(dry_run=True, closed=error)
-        fault = volume.protection.fault
-        if not look_only or volume.core.area is not None or fault is None:
-            return volume
-        if fault.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
-            return volume
-        # Only the diff area takes no writes. That is recorded now; its points can be read.
-        await volume.close()
-        return await attempt(dry_run=True)
 
     @classmethod
     async def from_opened(
@@ -289,6 +292,9 @@ class Volume:
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
         self._log_healed(report.healed)
+        if report.given_up:
+            # Told already, unless the end came between the record of it and the word.
+            self.policy.tell_lost(report.given_up, "they had been given up before this opening")
         if report.unclean:
             core.log.log(
                 "vsnapfs",
