@@ -245,11 +245,13 @@ class Volume:
         try:
             await in_thread(area.heal, report.to_heal)
         except MemoryError:
-            opened.fault = opened.fault or no_memory()
+            # Nothing is healed, and what is there is not what we know of it.
+            opened.fault, opened.report = opened.fault or no_memory(), None
+            area.is_incomplete = True
         except FaultError as error:
             opened.fault, opened.report, opened.core.area = error, None, None
-            self.account = Account(opened)
             area.backing.close()
+        self.account = Account(opened)
 
     async def _judge(self, opened: Opened) -> None:
         """Decide whether the volume is online, and make what was recovered durable."""
