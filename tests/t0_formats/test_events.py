@@ -184,6 +184,18 @@ def test_a_deleted_or_rotated_file_is_started_anew(log: EventLog) -> None:
     assert ids(read_events(log.path)) == [1001]
 
 
+def test_a_file_whose_directory_is_out_of_sight_takes_events(tmp_path: Path) -> None:
+    """A volume's directory may be moved, or its file system unmounted lazily, while it is open."""
+    (tmp_path / "vol").mkdir()
+    log = EventLog(tmp_path / "vol" / "events.jsonl")
+    log.log("vsnapfs", 1000)
+    (tmp_path / "vol").rename(tmp_path / "elsewhere")
+    log.log("volsnap", 93)
+    log.close()
+    assert ids(read_events(tmp_path / "elsewhere" / "events.jsonl")) == [1000, 93]
+    assert log.failed is None
+
+
 def test_a_relative_path_survives_a_change_of_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

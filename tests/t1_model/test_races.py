@@ -431,12 +431,8 @@ async def _online_after_power_failure(rig: Rig) -> bool:
     return volume.protection.is_online
 
 
-async def points_are_given_up_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
-    """P1: whoever gives up the points waits for the fault that is being written down. It is not
-    written down once it has been cleared: the next opening is online.
-    """
-    await volume.create_point()
-    rig.host.fail("area", "sync", errno.EIO)
+def _slow_to_tell(rig: Rig) -> Pause:
+    """The event log is slow to take a fault, which is told before it is written down."""
     log = rig.log.log
 
     def slow_log(source: str, event_id: int, /, **params: object) -> None:
@@ -445,8 +441,17 @@ async def points_are_given_up_before_the_fault_is_durable(rig: Rig, volume: Volu
         log(source, event_id, **params)
 
     rig.log.log = slow_log  # type: ignore[method-assign]
+    return Pause(rig, "log", "write", at=(80, 95))
+
+
+async def points_are_given_up_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
+    """P1: whoever gives up the points waits for the fault that is being written down. It is not
+    written down once it has been cleared: the next opening is online.
+    """
+    await volume.create_point()
+    rig.host.fail("area", "sync", errno.EIO)
     async with trio.open_nursery() as nursery:
-        with Pause(rig, "log", "write", at=(80, 95)) as telling:
+        with _slow_to_tell(rig) as telling:
             writer = Doing(nursery, write(volume, 0, NEW[:BLOCK]))
             await telling.reached()
             giving_up = Doing(nursery, volume.online(give_up_recovery_points=True))
@@ -461,6 +466,23 @@ async def points_are_given_up_before_the_fault_is_durable(rig: Rig, volume: Volu
     reopened = await rig.open()
     assert reopened.protection.is_online, "offline by a fault that had been cleared"
     assert not early
+
+
+async def offline_is_asked_for_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
+    """P1: that it is offline already is answered when the disk knows it, too."""
+    await volume.create_point()
+    rig.host.fail("area", "sync", errno.EIO)
+    async with trio.open_nursery() as nursery:
+        with _slow_to_tell(rig) as telling:
+            writer = Doing(nursery, write(volume, 0, NEW[:BLOCK]))
+            await telling.reached()
+            going = Doing(nursery, volume.go_offline())
+            await all_stand_still()
+            assert not going.answered, "a kill now, and the next opening is online"
+            telling.go()
+            await going.ended()
+            with pytest.raises(OSError, match="No such device"):
+                await writer.ended()
 
 
 async def two_flushes_and_one_of_them_fails(rig: Rig, volume: Volume) -> None:
@@ -569,6 +591,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_copy_is_on_its_way,
     somebody_is_refused_before_the_fault_is_durable,
     points_are_given_up_before_the_fault_is_durable,
+    offline_is_asked_for_before_the_fault_is_durable,
     two_flushes_and_one_of_them_fails,
     a_synchronous_write_comes_while_a_sync_is_under_way,
     synchronous_writes_in_the_buffer_share_a_sync,
@@ -689,6 +712,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "recorded",
         "await self._persisted.wait()",
         "await trio.lowlevel.checkpoint()",
+    ),
+    "offline is answered while the fault is written down": (
+        offline_is_asked_for_before_the_fault_is_durable,
+        Protection,
+        "take_offline",
+        "await self.recorded()",
+        "pass",
     ),
     "two syncs of the replica at a time": (
         two_flushes_and_one_of_them_fails,

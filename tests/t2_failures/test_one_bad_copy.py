@@ -67,7 +67,7 @@ def test_points_that_evict_gives_up_are_gone_for_all_or_kept_by_all(copy: int, s
 
 @cases
 def test_a_fault_is_kept_or_was_told_to_be_in_memory_only(copy: int, saves: int) -> None:
-    """P1, where not even the superblock can be written."""
+    """P1, where not even the superblock can be written. `offline` does not say that all is well."""
     scene = _scene(copy, saves, "offline")
     scene.rig.host.fail("area", "write", errno.EIO, times=FOREVER)
     assert scene.write(6 * BLOCK, 10) is not None
@@ -76,6 +76,11 @@ def test_a_fault_is_kept_or_was_told_to_be_in_memory_only(copy: int, saves: int)
         number == 1091 and "the state file could not be written" in params["reason"]
         for _, number, params in scene.rig.log.events
     )
+
+    async def down(volume: Volume) -> bool:
+        return await attempt(volume.go_offline()) is None
+
+    assert scene.run(down) == (not told)
     _killed(scene)
     assert (scene.fault is None) == told
     scene.exact()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from box import MIB, SIZE, Box, refused, wait_for
-from mounted_rig import alive
+from mounted_rig import alive, vsnapfs
 
 from vsnapfs.daemon import client, mounts, server
 from vsnapfs.errors import BusyError, UsageError, VsnapError
@@ -335,6 +335,21 @@ def test_a_killed_server_s_mount_can_be_unmounted(box: Box, tmp_path: Path) -> N
     other.mkdir()
     server.spawn(box.volume, other)
     assert [m.mountpoint for m in mounts.find_mounts() if m.volume == box.volume] == [other]
+
+
+def test_a_moved_volume_is_unmounted_by_its_new_name(box: Box, tmp_path: Path) -> None:
+    """The mount table has the old one. What could not be closed cleanly is not said to be."""
+    box.mount()
+    client.call(box.volume, "rp_create")
+    moved = tmp_path / "moved"
+    box.volume.rename(moved)
+    try:
+        vsnapfs("umount", moved)
+    finally:
+        moved.rename(box.volume)
+    assert mounts.mount_of(box.volume) is None
+    assert wait_for(lambda: not alive(box.pid))
+    assert box.events()[-1] == 1091
 
 
 def test_kill_and_remount_ten_times(box: Box) -> None:

@@ -19,6 +19,7 @@ from mounted_rig import MIB, Machine, Rig, alive, quiet, until, vsnapfs, write_a
 
 from vsnapfs.backing import FileBacking
 from vsnapfs.config import load
+from vsnapfs.daemon.listening import ControlSocket
 from vsnapfs.volume.create import create_volume
 
 pytestmark = pytest.mark.needs_fuse
@@ -45,9 +46,9 @@ def rings(volume: Path) -> list[Path]:
     return sorted(Path("/dev/shm").glob(f"vsnapfs-{load(volume).volume_id}-*"))
 
 
-def as_nobody(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def as_nobody(*command: str | Path, cwd: str | Path = "/") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, command)), user=NOBODY, group=NOBODY, extra_groups=(), cwd="/",
+        list(map(str, command)), user=NOBODY, group=NOBODY, extra_groups=(), cwd=cwd,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 
@@ -139,20 +140,41 @@ def test_root_mounts_what_a_users_server_left(base: Path) -> None:
 
 @needs_root
 def test_a_user_is_told_who_can_carry_out_what_roots_server_left(base: Path) -> None:
-    """The volume stays closed for him, and root loses nothing by his looking."""
+    """The volume stays closed for him, and root loses nothing by his looking.
+
+    He may not even ask the socket that root's server left whether anybody listens.
+    """
     volume = left_by(0, base)
     for path in (volume, *volume.iterdir()):
         os.chown(path, NOBODY, NOBODY)
-    command = [sys.executable, "-m", "vsnapfs", "status", str(volume)]
-    done = subprocess.run(
-        command, user=NOBODY, group=NOBODY, extra_groups=(), cwd=ROOT, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    left = ControlSocket(volume)
+    left.listen()
+    left.take().close()
+    done = as_nobody(sys.executable, "-m", "vsnapfs", "status", volume, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "uid 0" in done.stdout
     assert len(rings(volume)) == 1
     vsnapfs("status", volume)
     carried_out(volume)
+
+
+@needs_root
+def test_a_user_is_told_that_somebody_serves_his_volume(base: Path) -> None:
+    """A server of root's does not listen to him: that is no reason to say that there is none."""
+    volume = base / "vol"
+    create_volume(volume, size=MIB, diff_area_size=16 * MIB)
+    os.chown(volume, NOBODY, NOBODY)
+    for path in volume.iterdir():
+        os.chown(path, NOBODY, NOBODY)
+    (base / "mnt").mkdir()
+    vsnapfs("mount", "--accept-changed-replica", volume, base / "mnt")
+    try:
+        for command in (("status",), ("umount",), ("rp", "list")):
+            done = as_nobody(sys.executable, "-m", "vsnapfs", *command, volume, cwd=ROOT)
+            assert done.returncode == 1, (command, done.stdout)
+            assert "Permission denied" in done.stderr, command
+    finally:
+        vsnapfs("umount", volume)
 
 
 @pytest.mark.slow

@@ -61,7 +61,20 @@ def find_mount(path: Path) -> Mount | None:
     for mount in reversed(mounted()):
         if real in (mount.mountpoint, mount.volume):
             return mount
-    return None
+    return _mount_by_its_server(real)
+
+
+def _mount_by_its_server(volume: Path) -> Mount | None:
+    """The mount of a volume that the table knows by another name: it was moved, or bind-mounted."""
+    from vsnapfs.daemon import client
+
+    if not os.path.lexists(volume / config.SOCKET_NAME) or not client.is_served(volume):
+        return None
+    try:
+        place = Path(client.call(volume, "status")["mountpoint"])
+    except (VsnapError, TypeError):  # It has ended just now.
+        return None
+    return next((mount for mount in reversed(mounted()) if mount.mountpoint == place), None)
 
 
 def live_mount(volume: Path) -> Mount | None:

@@ -63,12 +63,14 @@ Say = Callable[[str], None]
 class _NotServed(Exception):
     """Nobody answers, or the server ended before it began the operation.
 
-    was_there: it said something before it hung up.
+    was_there: it said something before it hung up. denied: what to say if somebody does serve it:
+    of a socket that is another user's the kernel does not tell whether anybody listens.
     """
 
-    def __init__(self, *, was_there: bool = False) -> None:
+    def __init__(self, *, was_there: bool = False, denied: VsnapError | None = None) -> None:
         super().__init__()
         self.was_there = was_there
+        self.denied = denied
 
 
 class _Locked(Exception):
@@ -103,16 +105,21 @@ def call(
             try:
                 return _ask(folder, request, ctrl_c)
             except _NotServed as nobody:
+                denied = nobody.denied
                 if nobody.was_there:
                     # It may have waited for long, for a host that hung: now it is asked anew.
                     give_up = time.monotonic() + _LOCK_SECONDS
             if ctrl_c.count:
                 raise interrupted(request.operation, NOT_BEGUN)
             if op in _SERVER_ONLY:
+                if denied is not None:
+                    raise denied
                 raise VsnapError(f"{shown(folder)} is not mounted", code="not-mounted")
             try:
                 return _do(folder, request, ctrl_c)
             except _Locked as locked:
+                if denied is not None:
+                    raise denied from None
                 if time.monotonic() > give_up:
                     raise with_holder(locked.reason, folder) from None
             time.sleep(0.1)
@@ -187,11 +194,14 @@ def _connect(folder: Path, timeout: float) -> socket.socket:
         raise _NotServed from error
     except OSError as error:
         connection.close()
-        raise VsnapError(
+        failure = VsnapError(
             f"cannot reach the process that serves {shown(folder)}: {error.strerror or error}",
             errno=error.errno or errno.ETIMEDOUT,
             code="no-answer",
-        ) from error
+        )
+        if isinstance(error, PermissionError):
+            raise _NotServed(denied=failure) from error
+        raise failure from error
     finally:
         os.close(fd)
     return connection

@@ -207,21 +207,29 @@ class EventLog:
 
     def _open_file(self) -> None:
         """Open the file unless it is open; open it anew when the path names another by now."""
-        if self._fd >= 0:
-            if _names(self.path, self._fd):
-                return
-            self._close_file()
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        # O_NONBLOCK: whatever stands there instead of a file must not keep the engine waiting.
-        self._fd = os.open(self.path, flags | os.O_NONBLOCK, 0o600)
-        found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode):
-            self._close_file()
-            raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+        if self._fd >= 0 and _names(self.path, self._fd):
+            return
+        try:
+            fd = self._open_path()
+        except OSError:
+            if self._fd >= 0 and os.fstat(self._fd).st_nlink:
+                return  # its directory is out of sight (moved, unmounted lazily), it is still there
+            raise
+        self._close_file()
+        self._fd = fd
         self._end = self._reserved_end = 0
         self._keep_reserve()
-        if found.st_size == 0:
+        if not os.fstat(fd).st_size:
             _sync_directory(self.path.parent)
+
+    def _open_path(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        # O_NONBLOCK: whatever stands there instead of a file must not keep the engine waiting.
+        fd = os.open(self.path, flags | os.O_NONBLOCK, 0o600)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+        return fd
 
     def _append(self, line: bytes) -> None:
         """Write `line` at the end, on a line of its own."""

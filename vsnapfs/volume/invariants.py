@@ -17,6 +17,9 @@ def check(volume: Volume) -> None:
     if area is None or core.area_lock.locked():
         return
     points = [point.number for point in core.points]
+    given_up = volume.protection.saved.given_up
+    if volume.protection.is_online:
+        assert all(point > given_up for point in points), "points that the next opening drops"
     blocks, _, slots = area.index.living(points)
     spans: dict[int, set[int]] = {}
     for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):

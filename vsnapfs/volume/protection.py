@@ -260,13 +260,16 @@ class Protection:
 
         VsnapError if only this process knows: a superblock records faults, not this.
         """
-        if not self.is_online:
-            return
-        self.fault = None
-        self._go_down()
-        await self.persist()
-        self._core.log.log("vsnapfs", 1020, volume=self._core.name)
-        if not self.saved.offline:
+        if self.is_online:
+            self.fault = None
+            self._go_down()
+            await self.persist()
+            self._core.log.log("vsnapfs", 1020, volume=self._core.name)
+        else:
+            await self.recorded()  # Offline by a fault is an answer once the disk knows of it.
+        area = self._core.area
+        known = self.saved.offline or (area is not None and area.superblock.fault is not None)
+        if not known and not self._closed:
             raise VsnapError(
                 f"volume {self._core.name} is offline, but only until it is opened anew: "
                 f"{self.trouble or 'that could not be written down'}",

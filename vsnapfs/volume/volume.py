@@ -473,7 +473,8 @@ class Volume:
                 await in_thread(self.writer.copier.close)
                 before_unlocking()
                 await in_thread(close_files, core)
-        if self.mountpoint is not None and not core.area_is_busy:
+        is_clean = core.area is None or core.area.superblock.clean
+        if self.mountpoint is not None and is_clean and not core.area_is_busy:
             self.log.log("vsnapfs", 1002, volume=core.name)
         close_log = getattr(core.log, "close", None)
         if close_log is not None:
