@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,6 +28,7 @@ from rig import write as write_at
 from simdisk import FOREVER, PowerLoss
 
 from vsnapfs.diffarea.layout import TABLE_SIZE, Layout
+from vsnapfs.diffarea.store import AreaStore
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.adoption import CLOSED
@@ -131,24 +133,52 @@ def test_what_another_opening_could_use_keeps_the_volume_closed(problem: Excepti
     assert not rig.host.memory
 
 
+def with_one_bad_copy() -> Rig:
+    """As `left_by_a_kill`, and one copy of a descriptor sector has rotted."""
+    rig = left_by_a_kill()
+    area = rig.host.files["area"]
+    first, twin = tables(rig)
+    assert first == twin
+    for pages in (area.cache, area.disk):
+        pages.write(Layout(BLOCK).sector_offsets(0)[1], b"rot" * 100)
+    return rig
+
+
+def tables(rig: Rig) -> list[bytes]:
+    """Both copies of the first descriptor table."""
+    cache = rig.host.files["area"].cache
+    return [cache.read(at, TABLE_SIZE) for at in Layout(BLOCK).table_offsets(0)]
+
+
 def test_a_volume_that_stays_closed_is_not_healed_either() -> None:
     """A descriptor sector with one bad copy is left as it is, too; the opening that goes on writes
     it anew.
     """
-    rig = left_by_a_kill()
-    area = rig.host.files["area"]
-    layout = Layout(BLOCK)
-    first, twin = (area.cache.read(at, TABLE_SIZE) for at in layout.table_offsets(0))
-    assert first == twin
-    where = layout.sector_offsets(0)[1]
-    for pages in (area.cache, area.disk):
-        pages.write(where, b"rot" * 100)
+    rig = with_one_bad_copy()
     rig.host.ring_problem = Unusable("it belongs to another user (uid 1000)")
     closed(rig)
     rig.host.ring_problem = None
     assert content(rig) == NEW + OLD[BLOCK:]
-    first, twin = (area.cache.read(at, TABLE_SIZE) for at in layout.table_offsets(0))
+    first, twin = tables(rig)
     assert first == twin
+
+
+def test_what_there_was_no_memory_to_heal_is_not_said_to_be_healed() -> None:
+    """Neither in the log nor by `verify`; the next opening heals it, and says so."""
+    rig = with_one_bad_copy()
+
+    async def look(volume: Volume) -> dict[str, Any]:
+        return await volume.verify()
+
+    with mock.patch.object(AreaStore, "heal", side_effect=MemoryError):
+        assert "healed" not in str(rig.run(look)["problems"])
+        rig.close()
+    assert ids(rig, 1041) == 0
+    first, twin = tables(rig)
+    assert first != twin
+    assert "healed" in str(rig.run(look)["problems"])
+    assert ids(rig, 1041) == 1
+    assert content(rig) == NEW + OLD[BLOCK:]
 
 
 @pytest.mark.parametrize("where", ["file", "mapping", "records"])

@@ -142,6 +142,56 @@ def test_no_point_is_lost_without_a_word(event: int) -> None:
         scene.run(look)
 
 
+def test_a_loss_is_not_recorded_in_a_state_file_that_was_deleted() -> None:
+    """The next opening would not find it there, and show points whose blocks have been overwritten:
+    the write is refused, and no new point is made either.
+    """
+    scene = Scene(on_full="evict")
+    host = scene.rig.host
+
+    async def go_on_without_it(volume: Volume) -> None:
+        state = host.files.pop("state")
+        assert "deleted" in str(await attempt(volume.create_point()))
+        host.fail("area", "write", errno.EIO, times=FOREVER)
+        error = await attempt(write(volume, 0, pattern(50, SIZE)))
+        assert isinstance(error, OSError)
+        assert error.errno == errno.ENODEV
+        assert [point.number for point in volume.points] == list(scene.points)
+        host.files["state"] = state
+
+    scene.run(go_on_without_it)
+    assert scene.ids() == [92]
+    scene.rig.killed()
+    scene.exact()
+
+
+def test_points_that_are_lost_are_not_told_of_at_each_opening() -> None:
+    """The diff area takes no writes any more: what the loss of it cost is told by the server, and
+    by the first opening after it, which cannot know that, but not whenever somebody looks.
+    """
+    scene = Scene(on_full="evict")
+    scene.rig.host.fail("area", "write", errno.EIO, times=FOREVER)
+    assert scene.write(0, SIZE) is None
+    assert scene.ids() == [14]
+    for told in (1, 0, 0):
+        scene.rig.close()
+        scene.rig.log.events.clear()
+        assert not scene.run(_live)
+        assert scene.fault == 13
+        assert scene.ids().count(14) == told
+    scene.rig.killed()  # And works again.
+    scene.rig.log.events.clear()
+    assert not scene.run(_live)
+    assert scene.ids() == [14]
+    scene.rig.killed()
+    assert not scene.run(_live)
+    assert scene.ids() == [14]
+
+
+async def _live(volume: Volume) -> list[int]:
+    return [point.number for point in volume.points]
+
+
 def test_no_point_goes_because_growing_takes_longer_than_grow_timeout() -> None:
     """The write waits until the growth has ended, however long."""
     with small_steps():

@@ -55,7 +55,7 @@ from .layout import (
     SUPERBLOCK_SIZE,
     Layout,
 )
-from .superblock import Superblock, decode
+from .superblock import RecoveryPoint, Superblock, decode
 
 #: With more bad sectors (8 MiB of descriptors, twice) it is not opened: nothing much is left.
 _MOST_DAMAGED = 1 << 14
@@ -91,7 +91,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     replica_error: OSError | None = None
     to_heal: dict[int, SectorImage] = field(default_factory=dict)
-    given_up: list[int] = field(default_factory=list)
+    given_up: list[RecoveryPoint] = field(default_factory=list)
 
 
 def read_superblock(backing: Backing) -> tuple[Superblock, list[str]]:

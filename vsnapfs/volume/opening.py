@@ -295,7 +295,7 @@ def _open_area(
         area.superblock = replace(
             area.superblock, points=kept, restoring=0, clean=False, epoch=epoch
         )
-        report.given_up = [point.number for point in points if point.number <= given_up]
+        report.given_up = [point for point in points if point.number <= given_up]
         numbers = [point.number for point in kept]
         if not area.is_unread:
             area.slots.keep_only(area.index.live_slots(numbers), also=area.unknown_slots)

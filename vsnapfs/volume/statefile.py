@@ -128,6 +128,8 @@ class StateFile:
         self._first = copy  # Until it is durable it is the doubtful one.
         self.backing.write(copy * COPY_SIZE, data)
         self.backing.sync()
+        # What is in a file without a name the next opening does not find: it is not recorded.
+        self.backing.check_linked()
 
 
 def is_state(path: Path) -> bool:

@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,11 +245,13 @@ class Volume:
         try:
             await in_thread(area.heal, report.to_heal)
         except MemoryError:
-            opened.fault = opened.fault or no_memory()
+            # Nothing is healed, and what is there is not what we know of it.
+            opened.fault, opened.report = opened.fault or no_memory(), None
+            area.is_incomplete = True
         except FaultError as error:
             opened.fault, opened.report, opened.core.area = error, None, None
-            self.account = Account(opened)
             area.backing.close()
+        self.account = Account(opened)
 
     async def _judge(self, opened: Opened) -> None:
         """Decide whether the volume is online, and make what was recovered durable."""
@@ -292,9 +295,6 @@ class Volume:
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
         self._log_healed(report.healed)
-        if report.given_up:
-            # Told already, unless the end came between the record of it and the word.
-            self.policy.tell_lost(report.given_up, "they had been given up before this opening")
         if report.unclean:
             core.log.log(
                 "vsnapfs",
@@ -304,6 +304,8 @@ class Volume:
                 dropped=report.dropped,
                 count=report.damaged or None,
             )
+        if report.given_up:
+            await self._tell_given_up(report.given_up)
         if report.unclean or report.healed:
             # Both copies of the superblock agree again, and all that recovery decided is durable
             # before anything relies on it.
@@ -315,6 +317,26 @@ class Volume:
                 with suppress(OSError):
                     await in_thread(self.protection.save)
             self.account.superblock_is_healed()
+
+    async def _tell_given_up(self, points: list[RecoveryPoint]) -> None:
+        """Tell of points that the next commit is going to drop: they have been told of, unless the
+        end came between the record of it and the word. FaultError if nothing can be committed.
+        """
+        core, kept = self.core, self.core.points
+        numbers = [point.number for point in points]
+        tell = partial(self.policy.tell_lost, numbers, "they had been given up before this opening")
+        try:
+            # One that keeps them comes first: as long as the area takes no writes, there is no
+            # reason to say it at each opening. The first of them says it all the same.
+            async with core.area_lock:
+                await core.commit(points=(*points, *kept), ring=self.buffer.name)
+        except FaultError:
+            if self.protection.is_online:
+                tell()
+            raise
+        area = core.need_area()
+        area.superblock = replace(area.superblock, points=kept)
+        tell()
 
     def _log_healed(self, healed: Iterable[str]) -> None:
         for what in healed:
