@@ -152,6 +152,9 @@ class WriteBuffer:
             # Should the area be lost, nothing else would know of it. Before anything lies in it.
             with suppress(OSError, MemoryError):
                 await in_thread(self._protection.save)
+            if self._ended:  # Closed meanwhile: nobody would let go of it for the next opening.
+                ring.close()
+                return
             self.ring, self._retired = ring, False
             if old is not None:
                 await in_thread(store.remove, old)
