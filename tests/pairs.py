@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -427,21 +426,12 @@ def _applied(
         points = points | {number: content}
     elif kind == "delete":
         points = {number: kept for number, kept in points.items() if number != what[0]}
-    elif kind in ("restore", "finish"):
+    elif kind == "restore" or (kind == "finish" and what[0] in points):
         # One that was interrupted ends with `online`, or never: the point can be deleted by force.
         content = None if asked.ok is False else ever.get(what[0])
     elif kind == "give up":
         points = {}
     return content, points
-
-
-def _orders(history: list[Asked]) -> Iterator[list[Asked]]:
-    if not history:
-        yield []
-    for place, first in enumerate(history):
-        if not any(one.end is not None and one.end < first.start for one in history):
-            for rest in _orders(history[:place] + history[place + 1 :]):
-                yield [first, *rest]
 
 
 _EITHER = ("write durably", "restore", "delete", "give up")
@@ -451,6 +441,29 @@ def _chosen(asked: Asked) -> tuple[bool, ...]:
     if asked.ok is not None and asked.kind not in _EITHER:
         return (asked.ok,)
     return (True,) if asked.ok else (True, False)
+
+
+def _ends(base: tuple[Content, Points], history: list[Asked]) -> Iterator[tuple[Any, ...]]:
+    """What all orders of it lead to: the replica's content, the points, all points there were.
+
+    Where two orders meet they go on as one, or a handful of writes at a time would be too many.
+    """
+    content, points = base[0], frozenset(base[1].items())
+    states = {(frozenset(history), content, points, points)}
+    for _ in history:
+        after = set()
+        for left, content, points, ever in states:
+            for asked in left:
+                if any(one.end is not None and one.end < asked.start for one in left):
+                    continue  # That one was answered before this one was asked for.
+                for done in _chosen(asked):
+                    known, then = dict(ever), (content, dict(points))
+                    if done:
+                        then = _applied(asked, content, dict(points), known)
+                    kept = frozenset(then[1].items()), frozenset(known.items())
+                    after.add((left - {asked}, then[0], *kept))
+        states = after
+    return ((content, dict(points), dict(ever)) for _, content, points, ever in states)
 
 
 @dataclass
@@ -483,22 +496,16 @@ def explained(w: World, base: tuple[Content, Points], seen: Seen, *, killed: boo
         return number in lost or given_up or (killed and number == unknown)
 
     wrong: Counter[str] = Counter()
-    for order in itertools.islice(_orders(effective), 2000):
-        for which in itertools.product(*map(_chosen, order)):
-            content, points = base
-            ever = dict(points)
-            for asked, done in zip(order, which, strict=True):
-                if done:
-                    content, points = _applied(asked, content, points, ever)
-            differs = seen.differs(points, ever, quietly)
-            if seen.content is not None and content is not None and seen.content != content:
-                differs = "the replica differs"
-            for number, found in w.read:
-                if ever.get(number, found) not in (None, found):
-                    differs = f"point {number} was read wrong"
-            if not differs:
-                return
-            wrong[differs] += 1
+    for content, points, ever in _ends(base, effective):
+        differs = seen.differs(points, ever, quietly)
+        if seen.content is not None and content is not None and seen.content != content:
+            differs = "the replica differs"
+        for number, found in w.read:
+            if ever.get(number, found) not in (None, found):
+                differs = f"point {number} was read wrong"
+        if not differs:
+            return
+        wrong[differs] += 1
     raise AssertionError(f"{dict(wrong)} in {w.history}, lost: {lost}")
 
 

@@ -188,14 +188,18 @@ def test_what_cannot_be_tidied_away_keeps_nobody_from_a_ring(
     assert not path.exists()
 
 
-def test_a_ring_that_was_never_finished_is_tidied_away(volume_id: bytes) -> None:
-    """Whoever made it died between its head and its memory; no superblock can name it."""
+@pytest.mark.parametrize("size", [88, RECORDS, RECORDS * 2])
+def test_a_ring_that_was_never_finished_is_tidied_away(volume_id: bytes, size: int) -> None:
+    """Whoever made it died between its head and its memory; no superblock can name it.
+
+    What a kill leaves while the memory is allocated is the head alone.
+    """
     store = SharedMemory((SHM,))
     ring = store.make(SIZE, volume_id, REPLICA)
     ring.close()
     (path,) = paths(volume_id)
-    head = path.read_bytes()[:100]
-    path.write_bytes(head.ljust(RECORDS * 2, b"\0"))
+    head = path.read_bytes()[:88]
+    path.write_bytes(head.ljust(size, b"\0"))
     store.tidy(volume_id, OTHER)
     assert paths(volume_id)
     store.tidy(volume_id, REPLICA)

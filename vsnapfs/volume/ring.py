@@ -89,7 +89,7 @@ def head_of(size: int, name: RingName, volume_id: bytes) -> bytes:
 
 def read_head(memory: Bytes | mmap.mmap) -> Head:
     """What stands at the start of `memory`. FormatError, "foreign-version" if it was another's."""
-    if len(memory) <= RECORDS:
+    if len(memory) < 8 + _HEAD.size:
         raise FormatError("the write buffer has an impossible size")
     (check,) = struct.unpack_from("<Q", memory)
     magic, version, _, size, ring_id, volume_id, *place = _HEAD.unpack_from(memory, 8)
@@ -155,6 +155,8 @@ class Ring:
         "foreign-version" if only another version of this program can tell.
         """
         found = read_head(memory)
+        if len(memory) <= RECORDS:
+            raise FormatError("the write buffer has an impossible size")
         if found != Head(len(memory), name, volume_id):
             raise FormatError("it is the write buffer of another volume, or of a copy of this one")
         ring = cls(memory, name, fd, is_copy=is_copy)
