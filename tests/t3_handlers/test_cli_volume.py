@@ -18,6 +18,7 @@ from cli_backend import MIB, ok, refused, run
 
 from vsnapfs import locks
 from vsnapfs.cli.app import app
+from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS, Layout
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.adoption import CLOSED
@@ -448,3 +449,37 @@ def test_points_behind_another_fault_can_be_looked_at(
     assert after["recovery_points"] == before["recovery_points"]
     assert ("held" if ring != "none" else "Read-only") in after["trouble"]
     assert after["fault"]["code"] == 8
+
+
+def test_verify_heals_nothing_where_nothing_can_be_written(
+    vol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds the same each time, and does not say that it was healed."""
+    write(vol, (0, noise(1, 8 * MIB)))
+    ok("recovery-point", "create", vol)
+    write(vol, (0, noise(2, MIB)))
+    for name, offset in (("diff-area", SUPERBLOCK_OFFSETS[1]), ("state", 100)):
+        with (vol / name).open("r+b") as file:
+            file.seek(offset)
+            file.write(b"rot" * 100)
+    with (vol / "diff-area").open("r+b") as file:
+        file.seek(Layout(16384).sector_offsets(0)[1])
+        file.write(b"rot" * 100)
+    opened = locks.open_file
+
+    def read_only(path: Path, access: int, **options: Any) -> int:
+        if access & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, access, **options)
+
+    before = snapshot_of(vol)
+    with monkeypatch.context() as host:
+        host.setattr(locks, "open_file", read_only)
+        first, second = (run("verify", vol) for _ in range(2))
+    assert snapshot_of(vol) == before
+    assert first.exit_code == second.exit_code == 5
+    assert first.stdout == second.stdout
+    for what in ("superblock", "descriptor sector", "state file"):
+        assert what in first.stdout
+    assert "healed" not in first.stdout + first.stderr
+    assert run("verify", vol).stdout.count("healed") == 3

@@ -57,11 +57,15 @@ class Account:
         return [problem for problem in self.state if "older" not in problem["message"]]
 
     def rot(self) -> list[Problem]:
-        """What was bad (not merely older) and has been healed, as `verify` describes problems."""
+        """What was bad (not merely older) and has been healed, as `verify` describes problems. Of a
+        volume that is only looked at it still is as it was.
+        """
         found = self._state_rot()
         for where in self.opened.report.rot if self.opened.report else ():
             if where["what"] != "superblock" or self.superblock_healed:
                 found.append(where | {"points": [], "ranges": []})
+        if self.opened.core.dry_run:
+            return found  # Not on the disk.
         return [
             problem | {"message": f"{problem['message']} (healed when the volume was opened)"}
             for problem in found
