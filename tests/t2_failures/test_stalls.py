@@ -229,6 +229,8 @@ def test_closing_waits_for_copies_on_their_way(operation: str, buffer: int) -> N
                 await trio.sleep(0.2)  # Longer than hold-timeout.
                 await all_stand_still()
                 assert any(not one.answered for one in writes)
+                with pytest.raises(OSError, match="No such device"):
+                    volume.open_replica()  # Its writes would wait for ever.
                 assert scene.rig.host.files["area"].locked
                 copying.go()
                 await closing.ended()

@@ -534,11 +534,11 @@ class Volume:
     # -- handles --------------------------------------------------------------------------------
 
     def open_replica(self, *, synchronous: bool = False) -> ReplicaHandle:
-        """A handle on the live replica. OSError ENODEV (offline) or EBUSY (being restored).
+        """A handle on the live replica. OSError ENODEV (offline, closed), EBUSY (being restored).
 
         synchronous: as with O_SYNC or O_DSYNC, each write is durable before it is answered.
         """
-        if not self.protection.is_online:
+        if not self.protection.is_online or self._closed:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         area = self.core.area
         if self.protection.restoring or (area is not None and area.superblock.restoring):
