@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -539,6 +540,53 @@ def test_the_ring_of_an_area_that_is_gone_is_carried_out_when_its_points_are_giv
 
     _without_points(rig, give_up)
     assert ids(rig, 1043) == 0
+    rig.close()
+    assert not rig.host.memory
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_write_buffer_may_be_given_up_that_only_the_state_file_names(*, usable: bool) -> None:
+    """The area that named it is gone: it is carried out if it can be, and else its loss is told."""
+    rig = left_by_a_kill()
+    rig.host.remove("area")
+    if not usable:
+        rig.host.ring_problem = Unusable("it belongs to another user")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+        assert acknowledged(rig, volume) == (NEW if usable else OLD[:BLOCK]) + OLD[BLOCK:]
+
+    with mock.patch.object(rig, "run", partial(rig.run, give_up_write_buffer=True)):
+        _without_points(rig, give_up)
+    assert ids(rig, 1054) == (not usable)
+
+
+def test_without_memory_for_a_ring_no_other_fault_that_is_mended_loses_it() -> None:
+    """The file was cut, too: after `repair` the volume is not online over the ring."""
+    rig = left_by_a_kill()
+    area = rig.host.files["area"]
+    for pages in (area.cache, area.disk):
+        pages.resize(pages.size - BLOCK)
+    rig.host.ring_problem = MemoryError()
+
+    async def mend(volume: Volume) -> None:
+        rig.host.ring_problem = None
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 3
+        for work in (volume.repair(), volume.online()):
+            error = await attempt(work)
+            assert isinstance(error, VsnapError)
+            assert error.code == "no-memory"
+
+    rig.run(mend, mountpoint="/mnt/sim")
+    rig.close()
+
+    async def again(volume: Volume) -> None:
+        await volume.repair()
+        await volume.online()
+        assert acknowledged(rig, volume) == NEW + OLD[BLOCK:]
+
+    rig.run(again)
     rig.close()
     assert not rig.host.memory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -293,6 +294,45 @@ def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     assert scene.fault is None
     assert scene.write(0, SIZE) is None
     scene.exact()
+
+
+def test_a_missing_area_does_not_hide_the_fault_that_only_its_superblock_has() -> None:
+    """P1: offline if either says so, also when the area is back after an opening without it."""
+    scene = Scene()
+    scene.rig.host.fail("state", "write", errno.EIO, times=FOREVER)
+    scene.rig.host.fail("replica", "read", errno.EIO, times=FOREVER)
+    assert scene.write(7 * BLOCK, BLOCK) is not None
+    scene.rig.host.failures.clear()
+    scene.rig.killed()
+    kept = scene.rig.host.remove("area")
+    assert scene.fault == 1
+    scene.rig.close()
+    scene.rig.host.files["area"] = kept
+    for _ in range(2):
+        assert scene.fault == 6
+        assert scene.write(0, 1) is not None
+        scene.rig.killed()
+    scene.works()
+
+
+def test_an_area_found_after_it_was_missing_can_have_another_fault() -> None:
+    """P1: an old copy of it in its place is fault 15 until `online`, as if it had not been gone."""
+    scene = Scene()
+    scene.rig.close()
+    old = replace(scene.rig.host.files["area"], inode=99)
+    old.cache, old.disk = old.cache.copy(), old.disk.copy()
+    scene.run(scene.create)
+    scene.rig.close()
+    right = scene.rig.host.remove("area")
+    assert scene.fault == 1
+    scene.rig.close()
+    scene.rig.host.files["area"] = old
+    assert scene.fault == 15
+    assert scene.ids().count(94) == 1
+    scene.rig.close()
+    scene.rig.host.files["area"] = right
+    assert scene.fault == 15
+    scene.works()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class WriteBuffer:
         self.ring: Ring | None = None
         #: The ring must not be added to, only carried out: its file is gone, or it is a copy.
         self._retired = False
-        self._given_up = False
+        #: Whether what cannot be used may be given up, and whether an opening has decided on it.
+        self._may_give_up = self._decided = False
         self.reason = "" if store is not None and size else "it is switched off"
         #: Block → records that are not yet in the replica, oldest first.
         self.pending: dict[int, list[Record]] = {}
@@ -173,7 +174,7 @@ class WriteBuffer:
         MemoryError: it has taken over nothing.
         """
         area, store = self._core.area, self._store
-        self._given_up = give_up
+        self._may_give_up = give_up
         # An old copy of the area names a ring of its time, and may not be carried out on anyway.
         if area is None or store is None or area.is_old:
             return
@@ -181,6 +182,7 @@ class WriteBuffer:
         if area.is_unread and boot == store.boot:
             return  # It stays, for an opening that has the memory.
         await self._adopt(name, boot, give_up=give_up)
+        self._decided = True
         if self.ring is None and name != NO_RING:
             # That is decided. A commit must not name it once more, in this life of the machine.
             area.superblock = replace(area.superblock, ring=NO_RING)
@@ -191,8 +193,9 @@ class WriteBuffer:
         VsnapError if it cannot be used now.
         """
         saved = self._protection.saved
-        if self.ring is None and not self._given_up:
-            await self._adopt(saved.ring, saved.boot)
+        # Where there was no area to name one, nothing has been given up yet: it may be usable.
+        if self.ring is None and not (self._may_give_up and self._decided):
+            await self._adopt(saved.ring, saved.boot, give_up=self._may_give_up)
             # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
             self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
 

@@ -65,6 +65,11 @@ class Protection:
             return "closed"
         return "online" if self.is_online else "offline"
 
+    @property
+    def clears_itself(self) -> bool:
+        """Offline by fault 1 and nothing else: an opening that finds the area again is online."""
+        return self.fault is not None and self.fault.code is FaultCode.DIFF_AREA_MISSING
+
     # -- refusing -------------------------------------------------------------------------------
 
     async def refuse(self) -> OSError:

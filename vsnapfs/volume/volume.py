@@ -221,6 +221,7 @@ class Volume:
             await self.buffer.adopt(give_up=give_up_write_buffer)
         except MemoryError:  # All of it stays as it is, for an opening that has the memory.
             opened.fault = opened.fault or no_memory()
+            self._stays_offline(no_memory())  # Whatever else is wrong, and mended first.
         # Not before: a volume that must stay closed is left as it is.
         await self._heal_area(opened)
         if opened.fault is not None:
@@ -247,7 +248,7 @@ class Volume:
         except MemoryError:
             # Nothing is healed, and what is there is not what we know of it.
             opened.fault, opened.report = opened.fault or no_memory(), None
-            area.is_incomplete = True
+            self._stays_offline(no_memory())
         except FaultError as error:
             opened.fault, opened.report, opened.core.area = error, None, None
             area.backing.close()
@@ -261,12 +262,12 @@ class Volume:
         if area is not None and opened.fault is None:
             self._remember_preserved(area)
             recorded = area.superblock.fault
-            if recorded is not None and protection.is_online:
+            if recorded is not None and (protection.is_online or protection.clears_itself):
                 # The state file was lost or is older: offline if either says so.
                 protection.fault, protection.is_online = recorded, False
             try:
                 await self._finish_recovery(opened)
-                if protection.fault and protection.fault.code is FaultCode.DIFF_AREA_MISSING:
+                if protection.clears_itself:
                     await self.buffer.try_again()
                     await protection.come_online()
                 elif protection.is_online:
@@ -361,17 +362,15 @@ class Volume:
         another one beside it does not replace it, but is told.
         """
         protection = self.protection
-        if error.code is FaultCode.MEMORY_ALLOCATION_FAILURE:
-            # Something of the opening could not be done, whatever it was: no copy may be made.
-            self._lacks_memory = True
-            self.buffer.hold(error)
-            if self.core.area is not None:
-                self.core.area.is_incomplete = True
+        lacked = error.code is FaultCode.MEMORY_ALLOCATION_FAILURE
+        if lacked:
+            self._stays_offline(error)
         known = protection.fault
         missing = error.code is FaultCode.DIFF_AREA_MISSING
-        if not protection.is_online and (known is not None or missing):
+        replaced = protection.clears_itself and not missing
+        if not protection.is_online and (known is not None or missing) and not replaced:
             # Fault 1 clears itself, so it must not replace what does not: not even a plain
-            # `offline` of the administrator.
+            # `offline` of the administrator. Nor must it stand for another one that is found.
             if known is None or known.code is not error.code:
                 protection.trouble = error.message
                 self.log.log("vsnapfs", 1091, volume=self.core.name, reason=error.message)
@@ -380,7 +379,7 @@ class Volume:
             return
         protection.is_online = True  # So that `mark` records the fault over a plain offline.
         protection.mark(error)
-        if self._lacks_memory and self.mountpoint is None:
+        if lacked and self.mountpoint is None:
             # This command lacks it, not the volume: the next process need not find it offline.
             protection.settled()
             return
@@ -388,6 +387,15 @@ class Volume:
             await in_thread(self._save_fault)
         finally:
             protection.settled()
+
+    def _stays_offline(self, error: FaultError) -> None:
+        """Something of the opening could not be done for lack of memory, whatever it was: no copy
+        may be made before it is opened anew.
+        """
+        self._lacks_memory = True
+        self.buffer.hold(error)
+        if self.core.area is not None:
+            self.core.area.is_incomplete = True
 
     def _save_fault(self) -> None:
         protection = self.protection
