@@ -278,6 +278,26 @@ def test_an_old_copy_of_the_area_put_back_is_fault_15() -> None:
     scene.run(look)
 
 
+@pytest.mark.parametrize("buffer", [0, 64 << 10])
+def test_a_copy_of_the_area_from_between_two_kills_is_an_old_one(buffer: int) -> None:
+    """S1: what was preserved since is not in it, so it is not served as the right one."""
+    scene = Scene(buffer=buffer)
+    scene.rig.killed()
+    area = scene.rig.host.files["area"]
+    old = area.cache.copy(), area.disk.copy()
+    assert scene.write(6 * BLOCK, BLOCK) is None
+    scene.exact()
+    scene.rig.killed()
+    right = area.cache, area.disk
+    area = scene.rig.host.files["area"]
+    area.cache, area.disk = old
+    assert scene.fault == 15
+    scene.rig.close()
+    area.cache, area.disk = right
+    assert scene.online() is None
+    scene.exact()
+
+
 def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     """DIFF_AREA_MISSING at open clears itself at the next open that finds the area again."""
     scene = Scene()
