@@ -18,8 +18,10 @@ from house import ROOT
 from mounted_rig import MIB, Machine, Rig, alive, quiet, until, vsnapfs, write_all
 
 from vsnapfs.backing import FileBacking
+from vsnapfs.belonging import give_to_owner
 from vsnapfs.config import load
 from vsnapfs.daemon.listening import ControlSocket
+from vsnapfs.daemon.process import open_log
 from vsnapfs.volume.create import create_volume
 
 pytestmark = pytest.mark.needs_fuse
@@ -136,6 +138,46 @@ def test_root_mounts_what_a_users_server_left(base: Path) -> None:
         vsnapfs("umount", volume)
     image = (volume / "replica.img").read_bytes()
     assert (blocks_of(b"x", image), blocks_of(b"y", image)) == (COUNT, 1)
+
+
+@needs_root
+def test_what_root_makes_in_a_users_volume_is_the_users(base: Path) -> None:
+    """A diff area after giving up, a state file, the logs: the owner opens the volume with them."""
+    os.chown(base, NOBODY, NOBODY)
+    volume = base / "vol"
+    sizes = ("--size", "1MiB", "--diff-area-size", "16MiB")
+    done = as_nobody(sys.executable, "-m", "vsnapfs", "create", volume, *sizes, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("state", "events.jsonl"):
+        (volume / name).unlink()
+    vsnapfs("offline", volume)
+    (volume / "diff-area").unlink()
+    vsnapfs("online", volume, "--give-up-recovery-points", "--yes")
+    os.close(open_log(volume))
+    made = {path.name: path.stat() for path in volume.iterdir()}
+    assert {"diff-area", "state", "events.jsonl", "server.log"} < made.keys()
+    assert {name: (at.st_uid, at.st_gid) for name, at in made.items()} == dict.fromkeys(
+        made, (NOBODY, NOBODY)
+    )
+    done = as_nobody(sys.executable, "-m", "vsnapfs", "status", volume, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "vol: online" in done.stdout
+
+
+@needs_root
+@pytest.mark.parametrize("why", ["another link", "another file"])
+def test_root_gives_away_only_what_lies_in_the_owners_directory(base: Path, why: str) -> None:
+    """Nothing that has another name, or is not what the name names by now."""
+    folder = base / "folder"
+    folder.mkdir()
+    os.chown(folder, NOBODY, NOBODY)
+    with (base / "elsewhere" if why == "another file" else folder / "file").open("w") as file:
+        if why == "another link":
+            os.link(folder / "file", base / "link")
+        elif why == "another file":
+            (folder / "file").touch()
+        give_to_owner(file.fileno(), folder / "file")
+        assert os.fstat(file.fileno()).st_uid == 0
 
 
 @needs_root

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import trio
 
+from vsnapfs.belonging import open_or_make
 from vsnapfs.errors import VsnapError
 
 T = TypeVar("T")
@@ -65,11 +66,10 @@ def _become_io_flusher() -> bool:
 
 def open_log(directory: Path) -> int:
     """Open the volume's server.log for appending (0600, no symbolic link); a file descriptor."""
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         # O_NONBLOCK: a pipe put there must not keep us waiting.
-        fd = os.open(LOG_NAME, flags | os.O_NONBLOCK, 0o600, dir_fd=folder)
+        fd = open_or_make(directory / LOG_NAME, flags | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "it is not a regular file")
@@ -78,8 +78,6 @@ def open_log(directory: Path) -> int:
         raise VsnapError(
             f"cannot open {directory}/{LOG_NAME}: {error.strerror}", errno=error.errno or 5
         ) from error
-    finally:
-        os.close(folder)
 
 
 def log_to_stderr() -> None:

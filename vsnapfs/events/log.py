@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vsnapfs.belonging import open_or_make
 from vsnapfs.events.catalog import lookup
 from vsnapfs.events.event import Event, Level, plain_params
 from vsnapfs.events.reader import follow_events, read_events
@@ -223,9 +224,9 @@ class EventLog:
             _sync_directory(self.path.parent)
 
     def _open_path(self) -> int:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         # O_NONBLOCK: whatever stands there instead of a file must not keep the engine waiting.
-        fd = os.open(self.path, flags | os.O_NONBLOCK, 0o600)
+        fd = open_or_make(self.path, flags | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(self.path))

@@ -13,6 +13,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..backing import Backing, FileBacking, Removed, sync_directory
+from ..belonging import give_to_owner
 from ..config import VolumePaths, leads_out
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
@@ -135,6 +136,7 @@ def _make(volume: Volume) -> Backing:
     path = VolumePaths(volume.directory, volume.config).diff_area
     made = FileBacking.create(path)
     try:
+        give_to_owner(made.fileno(), path)
         sync_directory(path.parent)
     except BaseException:
         made.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backing import Backing, FileBacking
+from ..belonging import give_to_owner
 from ..config import DEFAULT_WRITE_BUFFER, VolumeConfig, VolumePaths, leads_out, load
 from ..diffarea.area import DiffArea
 from ..diffarea.layout import DEFAULT_BLOCK_SIZE
@@ -179,6 +180,7 @@ def _open_state(paths: VolumePaths, *, dry_run: bool) -> tuple[Backing, bool]:
             if problem.errno == errno.EROFS:
                 raise _read_only_host(paths, paths.state) from problem
             raise
+        give_to_owner(state.fileno(), paths.state)
         state.allocate(0, STATE_SIZE)
         state.write(0, bytes(STATE_SIZE))
         return state, True
