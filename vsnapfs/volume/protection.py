@@ -70,6 +70,12 @@ class Protection:
         """Offline by fault 1 and nothing else: an opening that finds the area again is online."""
         return self.fault is not None and self.fault.code is FaultCode.DIFF_AREA_MISSING
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the diff area has been committed since the state file was last told."""
+        area = self._core.area
+        return area is not None and area.superblock.generation > self.saved.generation
+
     # -- refusing -------------------------------------------------------------------------------
 
     async def refuse(self) -> OSError:

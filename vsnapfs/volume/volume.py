@@ -313,10 +313,10 @@ class Volume:
             async with core.area_lock:
                 await core.commit(ring=self.buffer.name)
                 await in_thread(core.need_area().trim)
-            # A ring that is given up must not come back with the next loss of the area, and a copy
-            # of the area from before this commit, put back, must look old to the next opening (15).
-            with suppress(OSError):
-                await in_thread(self.protection.save)
+            if self.protection.saved.ring != self.buffer.name:
+                # What is given up must not come back with the next loss of the area.
+                with suppress(OSError):
+                    await in_thread(self.protection.save)
             self.account.superblock_is_healed()
 
     async def _tell_given_up(self, points: list[RecoveryPoint]) -> None:
@@ -351,6 +351,9 @@ class Volume:
         with suppress(OSError, MemoryError):
             wrong = await in_thread(protection.check_state)
             if not wrong:
+                if protection.is_behind:
+                    # A copy of the area from before this opening, put back, must look old (15).
+                    await in_thread(protection.save)
                 return
             await in_thread(protection.save_as_it_is)
             if self.core.state_file.incomplete is not None:
