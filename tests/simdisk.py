@@ -598,6 +598,9 @@ class SimBacking:
         if self.host.files.get(self.name) is not self.file:
             raise Removed(errno.ENOENT, f"{self.path} is gone")
 
+    def fileno(self) -> int:
+        return -1  # There is none.
+
     def check_linked(self) -> None:
         if not any(file is self.file for file in self.host.files.values()):
             raise Removed(errno.EIO, f"{self.path} has been deleted")
