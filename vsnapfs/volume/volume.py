@@ -312,6 +312,7 @@ class Volume:
             # before anything relies on it.
             async with core.area_lock:
                 await core.commit(ring=self.buffer.name)
+                self.buffer.is_taken()
                 await in_thread(core.need_area().trim)
             # A ring that is given up must not come back with the next loss of the area, and a copy
             # of the area from before this commit, put back, must look old to the next opening (15).
