@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
-from simdisk import FOREVER, PowerLoss
+from simdisk import FOREVER, PowerLoss, SimFile
 
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
@@ -114,6 +115,40 @@ def test_a_ring_of_another_boot_is_not_used() -> None:
     rig.host.memory = memory  # A tmpfs that was saved and put back, say.
     assert content(rig) == OLD
     assert lost(rig) == 0
+
+
+def all_files(rig: Rig) -> dict[str, SimFile]:
+    """Replica, diff area and state as they are now."""
+    return {
+        name: replace(file, cache=file.cache.copy(), disk=file.disk.copy(), journal=[])
+        for name, file in rig.host.files.items()
+    }
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_ring_that_a_later_opening_had_is_not_taken_for_that_of_an_older_copy(more: bool) -> None:
+    """All files copied after a kill, put back over the same inodes after the next one: what the
+    ring held then has been carried out elsewhere, and what it holds now came later. It is lost,
+    and told.
+    """
+    rig = left_by_a_kill()
+    kept = all_files(rig)
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+    async def write_and_die(volume: Volume) -> None:
+        if more:
+            await write_at(volume, 4 * BLOCK, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with contextlib.suppress(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    rig.host.files.update(kept)
+    for file in kept.values():
+        file.locked = False
+    assert content(rig) == OLD
+    assert lost(rig) == 1
+    rig.run(look)
 
 
 def test_a_missing_ring_is_an_error_event() -> None:

@@ -16,6 +16,7 @@ Promises:
     none, another boot  -                                          nothing was promised
     our replica         the ring                                   carried out
     our replica         gone from that tmpfs, or rotted            lost: 1043
+    our replica         taken over with a later superblock         lost: 1043
     our replica         another user's, locked, no descriptor, …   closed
     our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
@@ -42,11 +43,18 @@ CLOSED = "write-buffer"
 
 
 def adopt(
-    core: Core, store: RingStore, name: RingName, boot: bytes, *, give_up: bool = False
+    core: Core,
+    store: RingStore,
+    name: RingName,
+    boot: bytes,
+    known: int | None = None,
+    *,
+    give_up: bool = False,
 ) -> Ring | None:
     """In a worker thread: the ring called `name` in the life `boot` of the machine, to be carried
     out; None if there is nothing to carry out.
 
+    known: the generation of the superblock that names it, if one does.
     give_up: the administrator gives up what a ring holds that keeps the volume closed (event 1054).
     VsnapError (code `CLOSED`) if the volume must not be opened. MemoryError.
     """
@@ -61,7 +69,12 @@ def adopt(
         _refuse_elsewhere(name, here)
         ring = store.find(name, core.volume_id, here)
         if not here.born or ring.born in (0, here.born):
-            return ring
+            if known is None or ring.taken <= known:
+                return ring
+            # A copy of all files, put back: what it held then has been carried out elsewhere, and
+            # what it holds now came later. It stays, for who knows of it.
+            ring.close()
+            raise FormatError("a later opening has had it: an old copy of the volume was put back")
         # The original is gone, and this copy of it, put back, has got the same inode.
         ring.close()
         core.log.log("vsnapfs", 1049, volume=core.name, what=ring_id)

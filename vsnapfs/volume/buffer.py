@@ -181,7 +181,8 @@ class WriteBuffer:
         name, boot = area.superblock.ring, area.superblock.boot
         if area.is_unread and boot == store.boot:
             return  # It stays, for an opening that has the memory.
-        await self._adopt(name, boot, give_up=give_up)
+        known = area.superblock.generation
+        await self._adopt(name, boot, known, give_up=give_up)
         self._decided = True
         if self.ring is None and name != NO_RING:
             # That is decided. A commit must not name it once more, in this life of the machine.
@@ -199,11 +200,13 @@ class WriteBuffer:
             # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
             self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
 
-    async def _adopt(self, name: RingName, boot: bytes, *, give_up: bool = False) -> None:
+    async def _adopt(
+        self, name: RingName, boot: bytes, known: int | None = None, *, give_up: bool = False
+    ) -> None:
         core, store = self._core, self._store
         if store is None:
             return
-        ring = await in_thread(partial(adopt, core, store, name, boot, give_up=give_up))
+        ring = await in_thread(partial(adopt, core, store, name, boot, known, give_up=give_up))
         if ring is None:
             return
         # Of a copy nobody else would find what is added to it.
@@ -216,6 +219,11 @@ class WriteBuffer:
             self.acknowledged = 0
             self.close()
             raise
+
+    def is_taken(self) -> None:
+        """The superblock that names it again is durable: with an older one it does not count."""
+        if self.ring is not None and not self._core.dry_run:
+            self.ring.take(self._core.need_area().superblock.generation)
 
     def _take_over(self, ring: Ring) -> None:
         for record in ring.records():

@@ -15,6 +15,7 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
     0      head: xxh3-64 over it, magic, version, size, ring id, volume id, device and inode of the
            replica, device of the tmpfs
     256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
+    320    the same, generation of the superblock with which it was last taken over (0: never)
     512    cursor, first copy      the oldest record not released: its sequence number and position
     1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
@@ -44,7 +45,7 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
-_BORN, _BORN_AT = struct.Struct("<QQ"), 256
+_NUMBER, _BORN_AT, _TAKEN_AT = struct.Struct("<QQ"), 256, 320
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -135,9 +136,8 @@ class Ring:
         """
         head = head_of(len(memory), name, volume_id)
         memory[: len(head)] = head
-        number = born.to_bytes(8, "little")
-        memory[_BORN_AT : _BORN_AT + 16] = _hash(number).to_bytes(8, "little") + number
         ring = cls(memory, name, fd)
+        ring._put_number(_BORN_AT, born)
         ring._write_cursor(1, 0)
         return ring
 
@@ -172,8 +172,29 @@ class Ring:
     @property
     def born(self) -> int:
         """Of the replica it was made for, as in `backing.FileId`; 0 if that is not known."""
-        check, born = _BORN.unpack_from(self.memory, _BORN_AT)
-        return born if check == _hash(born.to_bytes(8, "little")) else 0
+        return self._number(_BORN_AT)
+
+    @property
+    def taken(self) -> int:
+        """The generation of the superblock with which an opening took it over last; 0: none did."""
+        return self._number(_TAKEN_AT)
+
+    def take(self, generation: int) -> None:
+        """From here on it is not what an older superblock left it as."""
+        self._put_number(_TAKEN_AT, generation)
+
+    def _number(self, at: int) -> int:
+        check, number = _NUMBER.unpack_from(self.memory, at)
+        return number if check == _hash(number.to_bytes(8, "little")) else 0
+
+    def _put_number(self, at: int, number: int) -> None:
+        body = number.to_bytes(8, "little")
+        self._put(at, _hash(body).to_bytes(8, "little") + body)
+
+    def _put(self, at: int, data: bytes) -> None:
+        self.memory[at : at + len(data)] = data
+        if self.is_copy:
+            os.pwrite(self.fd, data, at)
 
     @property
     def is_unused(self) -> bool:
@@ -197,9 +218,7 @@ class Ring:
         offset = _CURSORS[self._turn]
         body = struct.pack("<QQ", sequence, position)
         whole = struct.pack("<Q", _hash(body)) + body
-        self.memory[offset : offset + _CURSOR.size] = whole
-        if self.is_copy:
-            os.pwrite(self.fd, whole, offset)
+        self._put(offset, whole)
         self._turn = 1 - self._turn
 
     # -- appending ------------------------------------------------------------------------------

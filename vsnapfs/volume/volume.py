@@ -312,6 +312,7 @@ class Volume:
             # before anything relies on it.
             async with core.area_lock:
                 await core.commit(ring=self.buffer.name)
+                self.buffer.is_taken()
                 await in_thread(core.need_area().trim)
             if self.protection.saved.ring != self.buffer.name:
                 # What is given up must not come back with the next loss of the area.
