@@ -45,7 +45,7 @@ from vsnapfs.volume.copying import Copier
 from vsnapfs.volume.opening import Opened
 from vsnapfs.volume.protection import Protection
 from vsnapfs.volume.restore import Restore
-from vsnapfs.volume.ring import Ring
+from vsnapfs.volume.ring import _TAKEN_AT, Ring
 
 SIZE = 12 * BLOCK + 700
 OLD, NEW = pattern(1, SIZE), pattern(2, SIZE)
@@ -298,7 +298,7 @@ async def _as_far_as_memory_allows(volume: Volume) -> str:
 
 def _opens(rig: Rig, mountpoint: str | None) -> str:
     """Open it as it is; "ended" if not even that could be done. The ring is whole either way."""
-    ring = {name: bytes(memory) for name, memory in rig.host.memory.items()}
+    ring = _what_rings_hold(rig)
 
     async def look(volume: Volume) -> str:
         rig.host.hooks.clear()  # It is about the opening.
@@ -311,9 +311,17 @@ def _opens(rig: Rig, mountpoint: str | None) -> str:
     rig.host.hooks.clear()
     if found in ("offline", "ended"):
         rig.close()
-        assert {name: bytes(memory) for name, memory in rig.host.memory.items()} == ring
+        assert _what_rings_hold(rig) == ring
         assert raw_replica(rig) == NEW
     return found
+
+
+def _what_rings_hold(rig: Rig) -> dict[bytes, tuple[bytes, bytes]]:
+    """All but the note of who has had it last, between the two."""
+    return {
+        name: (bytes(memory[:_TAKEN_AT]), bytes(memory[_TAKEN_AT + 16 :]))
+        for name, memory in rig.host.memory.items()
+    }
 
 
 def _is_as_it_was(rig: Rig, *, offline: bool) -> None:
