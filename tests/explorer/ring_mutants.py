@@ -127,12 +127,12 @@ def given_up_in_memory_only(patch: Patch) -> None:
         area = self.need_area()
         area.superblock = replace(area.superblock, **changes)
 
-    async def broken(self: Points) -> Any:
+    async def broken(self: Points, *args: Any) -> Any:
         with (
             mock.patch.object(core.Core, "commit", commit),
             mock.patch.object(Protection, "record_given_up"),
         ):
-            return await forget(self)
+            return await forget(self, *args)
 
     patch(Points, "forget_all", broken)
 
