@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+#: The house, not the packages: once is enough.
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parent.parent
 Inner = Callable[..., "subprocess.CompletedProcess[str]"]
 

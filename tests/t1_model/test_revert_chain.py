@@ -163,6 +163,7 @@ class Chain:
         self.exact()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_order(size: int, count: int) -> None:

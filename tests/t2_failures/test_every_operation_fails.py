@@ -17,6 +17,9 @@ from hypothesis import settings
 from rig import BLOCK, SMALLEST, Rig, small_steps
 from simdisk import FOREVER
 
+#: It looks for our own defects: once is enough.
+pytestmark = pytest.mark.slow
+
 SIZE = 5 * BLOCK + 100
 
 WORKLOADS: dict[str, tuple[dict[str, Any], list[Step]]] = {
