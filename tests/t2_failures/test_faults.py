@@ -298,6 +298,34 @@ def test_a_copy_of_the_area_from_between_two_kills_is_an_old_one(buffer: int) ->
     scene.exact()
 
 
+@pytest.mark.parametrize("first", ["write", "delete", "resize"])
+def test_a_copy_of_a_closed_area_is_an_old_one_without_a_ring(first: str) -> None:
+    """S1: the first change after a clean opening makes it so, whatever it is."""
+    scene = Scene()
+    scene.rig.close()
+    area = scene.rig.host.files["area"]
+    old = area.cache.copy(), area.disk.copy()
+
+    async def change(volume: Volume) -> None:
+        if first == "delete":
+            await volume.delete_point(1)
+            del scene.points[1]
+        elif first == "resize":
+            await volume.resize(SMALLEST + 60 * BLOCK)
+        await write(volume, 6 * BLOCK, pattern(9, BLOCK))
+
+    scene.run(change)
+    scene.rig.killed()
+    area = scene.rig.host.files["area"]
+    right = area.cache, area.disk
+    area.cache, area.disk = old
+    assert scene.fault == 15
+    scene.rig.close()
+    area.cache, area.disk = right
+    assert scene.online() is None
+    scene.exact()
+
+
 def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     """DIFF_AREA_MISSING at open clears itself at the next open that finds the area again."""
     scene = Scene()

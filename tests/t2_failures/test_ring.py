@@ -24,7 +24,7 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
-from simdisk import FOREVER, PowerLoss, SimFile
+from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
@@ -149,6 +149,38 @@ def test_a_ring_that_a_later_opening_had_is_not_taken_for_that_of_an_older_copy(
     assert content(rig) == OLD
     assert lost(rig) == 1
     rig.run(look)
+
+
+def test_a_copy_of_the_area_from_before_an_opening_that_was_killed_is_an_old_one() -> None:
+    """However far that opening came: the state file knew of it before it carried out the ring."""
+    rig = left_by_a_kill()
+    kept = all_files(rig)["area"]
+
+    def at_the_overwriting(backing: SimBacking, operation: str, _at: int, _length: int) -> None:
+        if (backing.name, operation) == ("replica", "write"):
+            rig.host.stop_at = rig.host.operations + 1
+
+    rig.host.hooks.append(at_the_overwriting)
+    with pytest.raises(PowerLoss):
+        rig.run(look)
+    rig.killed()
+    right = rig.host.files["area"]
+    rig.host.files["area"] = replace(kept, locked=False)
+
+    async def fault(volume: Volume) -> int:
+        assert volume.protection.fault is not None
+        return int(volume.protection.fault.code)
+
+    assert rig.run(fault) == 15
+    rig.killed()
+    rig.host.files["area"] = replace(right, locked=False)
+
+    async def back(volume: Volume) -> None:
+        await volume.online()
+
+    rig.run(back)
+    rig.run(look)
+    assert content(rig) == NEW + OLD[BLOCK:]
 
 
 def test_a_missing_ring_is_an_error_event() -> None:

@@ -21,7 +21,7 @@ import inspect
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -234,6 +234,8 @@ class Core:
     ending: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
+    #: Writes the diff area's generation to the state file, in a worker thread (`Protection.save`).
+    note_generation: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         #: The one way to sync the replica.
@@ -304,11 +306,16 @@ class Core:
     async def commit(self, **changes: Any) -> None:
         """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""
         area = self.need_area()
+        was_clean = area.superblock.clean
 
         def work() -> None:
             if area.needs_rollback:
                 area.rollback()
             area.commit(**changes)
+            if was_clean:
+                # A copy of the area from before, put back, must look old to the next opening (15).
+                with suppress(OSError, MemoryError):
+                    self.note_generation()
 
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)

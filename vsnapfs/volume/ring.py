@@ -15,7 +15,7 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
     0      head: xxh3-64 over it, magic, version, size, ring id, volume id, device and inode of the
            replica, device of the tmpfs
     256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
-    320    the same, generation of the superblock with which it was last taken over (0: never)
+    320    the same, generation of the superblock that named it when it was last taken over
     512    cursor, first copy      the oldest record not released: its sequence number and position
     1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
@@ -126,6 +126,7 @@ class Ring:
         self._tail = 0  # where it begins
         self._start = 0  # where the oldest one that is not released begins
         self._turn = 0  # which copy of the cursor is written next
+        self._taking = 0  # the generation that `take` was told and that is not in `memory` yet
 
     @classmethod
     def make(
@@ -176,12 +177,19 @@ class Ring:
 
     @property
     def taken(self) -> int:
-        """The generation of the superblock with which an opening took it over last; 0: none did."""
+        """The generation of the superblock with which an opening last took it over and changed it;
+        0: none did.
+        """
         return self._number(_TAKEN_AT)
 
     def take(self, generation: int) -> None:
-        """From here on it is not what an older superblock left it as."""
-        self._put_number(_TAKEN_AT, generation)
+        """Before its next change: it is not what an older superblock left it as any more."""
+        self._taking = generation
+
+    def _note_taking(self) -> None:
+        if self._taking:
+            self._put_number(_TAKEN_AT, self._taking)
+            self._taking = 0
 
     def _number(self, at: int) -> int:
         check, number = _NUMBER.unpack_from(self.memory, at)
@@ -247,6 +255,7 @@ class Ring:
         elif self._tail - self._start + need > self.capacity:
             return None
         where = RECORDS + place + ALIGN
+        self._note_taking()
         # The data first: a record counts from the moment its head is there.
         self.memory[where : where + length] = data
         record = Record(offset, length, where, self._sequence, self._tail, self._tail + need)
@@ -272,6 +281,7 @@ class Ring:
 
     def release(self, record: Record) -> None:
         """All up to this record have been carried out and are never to be found again."""
+        self._note_taking()
         self._write_cursor(record.sequence + 1, record.end)
         self._start = record.end
 

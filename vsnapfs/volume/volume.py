@@ -231,6 +231,7 @@ class Volume:
             await self._heal_state()
         except MemoryError:
             await self._offline_at_open(no_memory())
+        self.core.note_generation = self.protection.save
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
@@ -314,10 +315,10 @@ class Volume:
                 await core.commit(ring=self.buffer.name)
                 self.buffer.is_taken()
                 await in_thread(core.need_area().trim)
-            if self.protection.saved.ring != self.buffer.name:
-                # What is given up must not come back with the next loss of the area.
-                with suppress(OSError):
-                    await in_thread(self.protection.save)
+            # A ring that is given up must not come back with the next loss of the area, and a copy
+            # of the area from before this commit, put back, must look old to the next opening (15),
+            # however this one ends. Before anything is carried out.
+            await self._heal_state()
             self.account.superblock_is_healed()
 
     async def _tell_given_up(self, points: list[RecoveryPoint]) -> None:
@@ -353,7 +354,6 @@ class Volume:
             wrong = await in_thread(protection.check_state)
             if not wrong:
                 if protection.is_behind:
-                    # A copy of the area from before this opening, put back, must look old (15).
                     await in_thread(protection.save)
                 return
             await in_thread(protection.save_as_it_is)
