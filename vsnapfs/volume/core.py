@@ -267,6 +267,21 @@ class Core:
             )
         return self.area
 
+    def log_area(self, event_id: int, *, reason: str | None = None, **params: Any) -> None:
+        """A volsnap event about the diff area, with its sizes."""
+        area = self.need_area()
+        self.log.log(
+            "volsnap",
+            event_id,
+            volume=self.name,
+            diff_area=str(area.backing.path),
+            used=area.used,
+            allocated=area.allocated,
+            maximum=area.maximum,
+            reason=reason,
+            **params,
+        )
+
     def need_index(self) -> DiffArea:
         """`need_area`, and VsnapError if there was no memory to read it."""
         area = self.need_area()

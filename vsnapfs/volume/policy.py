@@ -13,7 +13,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import trio
 
@@ -140,7 +139,7 @@ class Policy:
             def tell() -> None:
                 number = 33 if error.code is FaultCode.DIFF_AREA_FULL else 35
                 label = oldest.label or None
-                self._log(number, error.message, point=oldest.number, label=label)
+                core.log_area(number, reason=error.message, point=oldest.number, label=label)
 
             try:
                 await self.remove_points([oldest.number], tell)
@@ -174,21 +173,7 @@ class Policy:
 
     def tell_lost(self, points: list[int], reason: str) -> None:
         """Log that these points, all there were, are given up."""
-        self._log(14, reason, points=points, count=len(points))
-
-    def _log(self, event_id: int, reason: str, **params: Any) -> None:
-        area = self._core.need_area()
-        self._core.log.log(
-            "volsnap",
-            event_id,
-            volume=self._core.name,
-            diff_area=str(area.backing.path),
-            used=area.used,
-            allocated=area.allocated,
-            maximum=area.maximum,
-            reason=reason,
-            **params,
-        )
+        self._core.log_area(14, reason=reason, points=points, count=len(points))
 
     @property
     def trouble(self) -> str | None:

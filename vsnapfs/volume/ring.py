@@ -156,14 +156,12 @@ class Ring:
         "foreign-version" if only another version of this program can tell.
         """
         found = read_head(memory)
-        if len(memory) <= RECORDS:
+        if len(memory) < RECORDS + ALIGN:
             raise FormatError("the write buffer has an impossible size")
         if found != Head(len(memory), name, volume_id):
             raise FormatError("it is the write buffer of another volume, or of a copy of this one")
         ring = cls(memory, name, fd, is_copy=is_copy)
         try:
-            if not ring.capacity:
-                raise FormatError("the write buffer has an impossible size")
             ring._find_cursor()
         except BaseException:
             ring.view.release()  # Or the caller could not unmap it.

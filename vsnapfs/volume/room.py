@@ -194,7 +194,7 @@ class Room:
         if area.growable_slots == 0:
             if not self._warned_of_limit and free < len(area.slots) // 10:
                 self._warned_of_limit = True
-                self._log(38, area.maximum)
+                core.log_area(38)
             return
         wanted = max(_LOW_WATER, len(area.slots) // 8, self._rate.ahead)
         if free < wanted and area.slots.limit is None and core.nursery is not None:
@@ -206,19 +206,6 @@ class Room:
         """Sizes have changed or the volume came online: warn and try anew."""
         self._ahead_failed = False
         self._warned_of_limit = False
-
-    def _log(self, event_id: int, maximum: int, reason: str = "") -> None:
-        area = self._core.need_area()
-        self._core.log.log(
-            "volsnap",
-            event_id,
-            volume=self._core.name,
-            diff_area=str(area.backing.path),
-            used=area.used,
-            allocated=area.allocated,
-            maximum=maximum,
-            reason=reason or None,
-        )
 
     # -- growing --------------------------------------------------------------------------------
 
@@ -302,7 +289,7 @@ class Room:
         self._ahead_failed = True
         area = self._core.need_area()
         if area.slots.free:
-            self._log(24, area.maximum, error.message)
+            self._core.log_area(24, reason=error.message or None)
 
     async def _grow_towards(self, target: int, needed: int) -> None:
         core = self._core
