@@ -258,10 +258,10 @@ class Points:
             )
             core.log.log("vsnapfs", 1091, volume=core.name, reason=reason)
 
-    async def remove(self, numbers: list[int], tell: Callable[[], None] | None = None) -> bool:
+    async def remove(self, numbers: list[int], tell: Callable[[], None] | None = None) -> None:
         """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
 
-        Asks nobody: eviction comes here from within a write. False if they were gone already.
+        Asks nobody: eviction comes here from within a write. Nothing if they were gone already.
         tell: says so, where nobody has asked for it. Called before: a kill in between, or a commit
         that fails, and it is said twice, or too early; it never happens without a word.
         """
@@ -270,7 +270,7 @@ class Points:
         async with core.area_lock:
             remaining = tuple(point for point in core.points if point.number not in numbers)
             if len(remaining) == len(core.points):
-                return False
+                return
             restoring = area.superblock.restoring
             core.admin.begin()
             if tell is not None:
@@ -283,7 +283,6 @@ class Points:
                 # preserved that need not be. The next deletion or opening gives the space back.
                 await self._tidy(area, [point.number for point in remaining])
         core.changed()
-        return True
 
     async def _tidy(self, area: DiffArea, live: list[int]) -> None:
         """Forget what only deleted points needed, free its slots. The caller holds `area_lock`."""

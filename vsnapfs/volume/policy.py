@@ -70,7 +70,7 @@ class Policy:
         #: Why the diff area, which cost all points, could not even record that.
         self._failure: FaultError | None = None
         self._giving_up = trio.Lock()
-        self.remove_points: Callable[[list[int], Callable[[], None]], Awaitable[bool]]
+        self.remove_points: Callable[[list[int], Callable[[], None]], Awaitable[None]]
         self.forget_all_points: Callable[
             [Callable[[list[int]], None]], Awaitable[FaultError | None]
         ]

@@ -518,7 +518,7 @@ class Volume:
             async with core.area_lock:
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
-            await in_thread(self._note_generation)
+            await in_thread(self.protection.save)
         except Exception as error:  # noqa: BLE001 - then it is closed as it is
             core.log.log(
                 "vsnapfs",
@@ -539,9 +539,6 @@ class Volume:
         )
         self.log.log("vsnapfs", 1091, volume=self.core.name, reason=text)
         return False
-
-    def _note_generation(self) -> None:
-        self.protection.save()
 
     # -- handles --------------------------------------------------------------------------------
 
