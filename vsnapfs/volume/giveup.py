@@ -176,6 +176,7 @@ def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffA
         maximum=maximum,
         epoch=epoch,
         generation=_generation(volume),
+        barrier=volume.buffer.barrier,
         # What was acknowledged and is still to be carried out belongs to the new area from its
         # first moment on.
         ring=volume.buffer.name,

@@ -219,6 +219,8 @@ class Volume:
             self.warnings.append(changed)
         try:
             await self.buffer.adopt(give_up=give_up_write_buffer)
+        except FaultError as error:  # The ring knows better than the area; that one comes first.
+            opened.fault = error
         except MemoryError:  # All of it stays as it is, for an opening that has the memory.
             opened.fault = opened.fault or no_memory()
             self._stays_offline(no_memory())  # Whatever else is wrong, and mended first.
@@ -242,7 +244,7 @@ class Volume:
     async def _heal_area(self, opened: Opened) -> None:
         """Write what recovery has decided on. If that fails, the area could not be opened."""
         area, report = opened.core.area, opened.report
-        if area is None or report is None or not report.to_heal:
+        if area is None or area.is_old or report is None or not report.to_heal:
             return
         try:
             await in_thread(area.heal, report.to_heal)
