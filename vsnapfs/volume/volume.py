@@ -75,6 +75,8 @@ class Volume:
         self._stopped = trio.Event()
         self._stopped.set()
         self._closed = False
+        #: After `close`: why acknowledged writes are not on the disk, "" if they are.
+        self.left_behind = ""
         #: It was opened without enough memory, and stays offline until it is opened anew.
         self._lacks_memory = False
 
@@ -501,18 +503,13 @@ class Volume:
         core, area = self.core, self.core.area
         # First of all: a growth that is committed later would take the mark of a clean end away.
         if not await self._end_growth():
+            self.left_behind = "there was no time to write them"
             with trio.move_on_after(core.config.hold_timeout):
-                await self.buffer.finish()
-            with suppress(OSError):
-                await core.flush_replica()
+                await self._all_is_durable()
             return
-        if not await self.buffer.finish():
-            return
-        if area is None or area.superblock.clean or core.replica_failed:
+        if not await self._all_is_durable() or area is None or area.superblock.clean:
             return
         try:
-            # Also where policy `evict` has gone on without the diff area.
-            await core.flush_replica()
             if core.area_is_stale or area.needs_rollback:
                 return
             if area.superblock.restoring or not area.is_sound:
@@ -522,12 +519,29 @@ class Volume:
             await in_thread(self.buffer.remove)
             await in_thread(self.protection.save)
         except Exception as error:  # noqa: BLE001 - then it is closed as it is
-            core.log.log(
-                "vsnapfs",
-                1091,
-                volume=core.name,
-                reason=f"the volume could not be closed: {error!r}",
-            )
+            self._could_not(error)
+
+    async def _all_is_durable(self) -> bool:
+        """Carry out what is in the write buffer and sync the replica, also where policy `evict` has
+        gone on without the diff area. False: `left_behind` says why not.
+        """
+        core, why = self.core, ""
+        if not await self.buffer.finish():
+            why = f"they could not be carried out: {self.buffer.stuck}"
+        elif core.replica_failed:
+            why = f"a sync of the replica has failed: {core.replica_error}"
+        elif core.area is not None and not core.area.superblock.clean:
+            try:
+                await core.flush_replica()
+            except Exception as error:  # noqa: BLE001 - it is closed all the same
+                why = f"the replica could not be synced: {error}"
+                self._could_not(error)
+        self.left_behind = why
+        return not why
+
+    def _could_not(self, error: Exception) -> None:
+        text = f"the volume could not be closed: {error!r}"
+        self.log.log("vsnapfs", 1091, volume=self.core.name, reason=text)
 
     async def _end_growth(self) -> bool:
         """False if a growth goes on all the same: what it works on is left as after a kill."""
