@@ -344,6 +344,28 @@ def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     scene.exact()
 
 
+def test_offline_by_hand_outlives_a_missing_area() -> None:
+    """P1: the administrator's word stands, also beside a fault that clears itself."""
+    scene = Scene()
+    scene.rig.close()
+    kept = scene.rig.host.remove("area")
+
+    async def offline(volume: Volume) -> None:
+        await volume.go_offline()
+        assert "No such file" in volume.status()["trouble"]
+
+    scene.run(offline)
+    scene.rig.close()
+    scene.rig.host.files["area"] = kept
+
+    async def still(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        assert volume.protection.fault is None
+
+    scene.run(still)
+    scene.works()
+
+
 def test_a_missing_area_does_not_hide_the_fault_that_only_its_superblock_has() -> None:
     """P1: offline if either says so, also when the area is back after an opening without it."""
     scene = Scene()
