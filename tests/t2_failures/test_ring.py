@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import trio
 import trio.testing
-from damage import cut_tables, rot
+from damage import cut, cut_tables, rot
 from filefuzz import poke
 from rig import (
     BLOCK,
@@ -335,6 +335,78 @@ def test_a_stale_ring_of_the_same_volume_and_boot_is_not_used() -> None:
     rig.close()
     # One that nobody has read is nobody's to remove.
     assert rig.host.memory == kept
+
+
+async def _by_repair(rig: Rig, volume: Volume) -> None:
+    assert (await volume.repair())["ok"]
+    await volume.online()
+
+
+async def _by_online(rig: Rig, volume: Volume) -> None:
+    rig.host.failures.clear()
+    await volume.online()
+
+
+async def _by_giving_up(rig: Rig, volume: Volume) -> None:
+    await volume.online(give_up_recovery_points=True)
+
+
+@pytest.mark.parametrize("put_back", ["all files", "area"])
+@pytest.mark.parametrize("way", [_by_repair, _by_online, _by_giving_up])
+def test_old_copies_look_old_however_the_opening_between_came_online(
+    way: Callable[[Rig, Volume], Awaitable[None]], put_back: str
+) -> None:
+    """Also one that found a fault, or could commit nothing, and wrote nothing until then: copies
+    from before it are old ones, of all files (the ring is lost, and told) and of the area (15 or
+    no point; what a point shows is right or EIO), wherever it was killed.
+    """
+    for nth in range(100):
+        rig = left_by_a_kill()
+        kept = all_files(rig)
+        if way is _by_online:
+            rig.host.fail("area", "write", errno.EIO, times=FOREVER)
+        else:
+            cut(rig, rig.host.files["area"].cache.size - BLOCK)
+        ended = False
+
+        async def come_back(volume: Volume, rig: Rig = rig, nth: int = nth) -> None:
+            nonlocal ended
+            assert not volume.protection.is_online
+            changes = 0
+
+            def stop(backing: SimBacking, operation: str, _at: int, _length: int) -> None:
+                nonlocal changes
+                changes += operation == "sync" or (backing.name, operation) == ("replica", "write")
+                if changes > nth:
+                    rig.host.stop_at = rig.host.operations
+
+            rig.host.hooks.append(stop)
+            await way(rig, volume)
+            await write_at(volume, 4 * BLOCK, NEW)
+            ended = True
+            rig.host.stop_at = rig.host.operations
+
+        with contextlib.suppress(PowerLoss):
+            rig.run(come_back)
+        rig.killed()
+        for name in kept if put_back == "all files" else [put_back]:
+            rig.host.files[name] = replace(kept[name], locked=False)
+        rig.log.events.clear()
+
+        async def see(volume: Volume, rig: Rig = rig) -> None:
+            if put_back == "all files":  # As after the first kill, but for what is told.
+                assert acknowledged(rig, volume) == (OLD if lost(rig) else NEW + OLD[BLOCK:])
+            for point in volume.points:
+                handle = volume.open_point(point.number)
+                for at in range(0, SIZE, BLOCK):
+                    with contextlib.suppress(OSError):
+                        assert await handle.read(at, BLOCK) == OLD[at : at + BLOCK]
+                handle.close()
+
+        rig.run(see)
+        if ended:
+            return
+    raise AssertionError("it never ended")
 
 
 def test_an_old_area_put_back_does_not_cost_the_ring() -> None:

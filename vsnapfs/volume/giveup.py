@@ -69,6 +69,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
                     volume.buffer.forget_slots()
+                    volume.buffer.is_taken()  # With what the lost area said it does not count now.
                     volume.room.promised.clear()
                     area.relaxed = core.durability == "process"
             except BaseException:

@@ -79,6 +79,8 @@ class Volume:
         self.left_behind = ""
         #: It was opened without enough memory, and stays offline until it is opened anew.
         self._lacks_memory = False
+        #: What recovery has decided is durable (or there was nothing to decide), see `_settle`.
+        self._is_settled = False
 
     @property
     def directory(self) -> Path:
@@ -278,6 +280,7 @@ class Volume:
                 elif protection.is_online:
                     await self.buffer.try_again()
             except FaultError as error:
+                self.buffer.hold(error)
                 await self._offline_at_open(error)
             except OSError:
                 # Acknowledged writes could not be carried out: that has been a fault already.
@@ -313,17 +316,23 @@ class Volume:
         if report.given_up:
             await self._tell_given_up(report.given_up)
         if report.unclean or report.healed:
-            # Both copies of the superblock agree again, and all that recovery decided is durable
-            # before anything relies on it.
-            async with core.area_lock:
-                await core.commit(ring=self.buffer.name)
-                self.buffer.is_taken()
-                await in_thread(core.need_area().trim)
+            await self._settle()
             # A ring that is given up must not come back with the next loss of the area, and a copy
             # of the area from before this commit, put back, must look old to the next opening (15),
             # however this one ends. Before anything is carried out.
             await self._heal_state()
-            self.account.superblock_is_healed()
+        self._is_settled = True
+
+    async def _settle(self) -> None:
+        """Both copies of the superblock agree again, and all that recovery decided is durable
+        before anything relies on it. FaultError.
+        """
+        core = self.core
+        async with core.area_lock:
+            await core.commit(ring=self.buffer.name)
+            self.buffer.is_taken()
+            await in_thread(core.need_area().trim)
+        self.account.superblock_is_healed()
 
     async def _tell_given_up(self, points: list[RecoveryPoint]) -> None:
         """Tell of points that the next commit is going to drop: they have been told of, unless the
@@ -657,6 +666,12 @@ class Volume:
             if core.replica_failed:
                 await in_thread(self.reopen_replica)
             warning = protection.would_fit()
+            if not self._is_settled:
+                # The opening found a fault and wrote nothing. Old copies must look old all the same
+                # before anything is carried out.
+                await self._settle()
+                await in_thread(protection.save)
+                self._is_settled = True
             await self.buffer.try_again()
             await protection.come_online()
         except (FaultError, OSError, VsnapError) as error:
