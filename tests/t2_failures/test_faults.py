@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from damage import cut
 from failing import nothing_kept
 from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_points, small_steps, write
 from scene import SIZE, Scene
@@ -324,6 +325,38 @@ def test_a_copy_of_a_closed_area_is_an_old_one_without_a_ring(first: str) -> Non
     area.cache, area.disk = right
     assert scene.online() is None
     scene.exact()
+
+
+@pytest.mark.parametrize("first", ["a fault was found", "the state file failed"])
+def test_a_copy_of_the_area_from_before_an_opening_is_an_old_one(first: str) -> None:
+    """S1: also if that opening was offline, or could not tell the state file at once."""
+    scene = Scene()
+    if first == "a fault was found":
+        scene.rig.killed()
+    else:
+        scene.rig.close()
+    area = scene.rig.host.files["area"]
+    old = area.cache.copy(), area.disk.copy()
+    if first == "a fault was found":
+        cut(scene.rig, area.cache.size - BLOCK)
+
+    async def change(volume: Volume) -> None:
+        if first == "the state file failed":
+            scene.rig.host.fail("state", "write", errno.EIO)
+            await volume.resize(SMALLEST + 60 * BLOCK)
+        await volume.delete_point(1)
+        del scene.points[1]
+
+    scene.run(change)
+    scene.rig.killed()
+    area = scene.rig.host.files["area"]
+    area.cache, area.disk = old
+    assert scene.fault == (3 if first == "a fault was found" else 15)
+    scene.run(_is_old)
+
+
+async def _is_old(volume: Volume) -> None:
+    assert volume.core.need_area().is_old
 
 
 def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:

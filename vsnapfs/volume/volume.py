@@ -237,7 +237,7 @@ class Volume:
             await self._heal_state()
         except MemoryError:
             await self._offline_at_open(no_memory())
-        self.core.note_generation = self.protection.save
+        self.core.note_generation, self.core.is_noted = self.protection.save, False
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
