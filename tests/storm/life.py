@@ -151,7 +151,7 @@ class Storm:
             stopped = True
         except trio.TooSlowError:
             raise AssertionError("something hangs") from None
-        except VsnapError as error:
+        except (VsnapError, OSError) as error:
             if rig.volume is not None or not clients.failing:
                 raise
             clients.say("not opened", error)
@@ -220,6 +220,8 @@ class Storm:
         else:
             interrupted = False
         clients.mend()
+        clients.counts[end] += 1
+        clients.counts["failed"] += sum(failure.fired for failure in clients.injected)
         self._was_failing = clients.failing or (self._was_failing and rig.volume is not None)
         if interrupted:
             clients.say("ended", end)
@@ -254,6 +256,7 @@ class Storm:
             how.seen = between.look_while_closed(clients)
 
     def _put_back(self, how: Ended) -> None:
+        self.clients.counts["old copy"] += 1
         number = self.dice.choice([len(self.copies) - 1, self.dice.randrange(len(self.copies))])
         what = self.dice.random()
         if what < 0.5:
