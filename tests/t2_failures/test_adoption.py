@@ -544,6 +544,36 @@ def test_the_ring_of_an_area_that_is_gone_is_carried_out_when_its_points_are_giv
     assert not rig.host.memory
 
 
+def test_a_new_area_is_not_older_than_the_ring_that_it_takes_over() -> None:
+    """Points given up with a ring that knows of barriers: the new area goes on counting."""
+    rig = made()
+
+    async def serve(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        await flush(volume)
+        await write_at(volume, 4 * BLOCK, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with suppress(PowerLoss):
+        rig.run(serve)
+    rig.killed()
+    rig.host.remove("area")
+
+    async def give_up(volume: Volume) -> None:
+        await volume.online(give_up_recovery_points=True)
+
+    _without_points(rig, give_up)
+    rig.killed()
+
+    async def online(volume: Volume) -> None:
+        assert volume.protection.is_online
+        assert acknowledged(rig, volume) == NEW + OLD[BLOCK : 4 * BLOCK] + NEW + OLD[5 * BLOCK :]
+        volume.check_invariants()
+
+    rig.run(online)
+
+
 @pytest.mark.parametrize("usable", [True, False])
 def test_a_write_buffer_may_be_given_up_that_only_the_state_file_names(*, usable: bool) -> None:
     """The area that named it is gone: it is carried out if it can be, and else its loss is told."""

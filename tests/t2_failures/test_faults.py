@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from damage import cut
 from failing import nothing_kept
 from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_points, small_steps, write
 from scene import SIZE, Scene
@@ -326,6 +327,38 @@ def test_a_copy_of_a_closed_area_is_an_old_one_without_a_ring(first: str) -> Non
     scene.exact()
 
 
+@pytest.mark.parametrize("first", ["a fault was found", "the state file failed"])
+def test_a_copy_of_the_area_from_before_an_opening_is_an_old_one(first: str) -> None:
+    """S1: also if that opening was offline, or could not tell the state file at once."""
+    scene = Scene()
+    if first == "a fault was found":
+        scene.rig.killed()
+    else:
+        scene.rig.close()
+    area = scene.rig.host.files["area"]
+    old = area.cache.copy(), area.disk.copy()
+    if first == "a fault was found":
+        cut(scene.rig, area.cache.size - BLOCK)
+
+    async def change(volume: Volume) -> None:
+        if first == "the state file failed":
+            scene.rig.host.fail("state", "write", errno.EIO)
+            await volume.resize(SMALLEST + 60 * BLOCK)
+        await volume.delete_point(1)
+        del scene.points[1]
+
+    scene.run(change)
+    scene.rig.killed()
+    area = scene.rig.host.files["area"]
+    area.cache, area.disk = old
+    assert scene.fault == (3 if first == "a fault was found" else 15)
+    scene.run(_is_old)
+
+
+async def _is_old(volume: Volume) -> None:
+    assert volume.core.need_area().is_old
+
+
 def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     """DIFF_AREA_MISSING at open clears itself at the next open that finds the area again."""
     scene = Scene()
@@ -342,6 +375,28 @@ def test_a_missing_area_is_fault_1_and_comes_back_by_itself() -> None:
     assert scene.fault is None
     assert scene.write(0, SIZE) is None
     scene.exact()
+
+
+def test_offline_by_hand_outlives_a_missing_area() -> None:
+    """P1: the administrator's word stands, also beside a fault that clears itself."""
+    scene = Scene()
+    scene.rig.close()
+    kept = scene.rig.host.remove("area")
+
+    async def offline(volume: Volume) -> None:
+        await volume.go_offline()
+        assert "No such file" in volume.status()["trouble"]
+
+    scene.run(offline)
+    scene.rig.close()
+    scene.rig.host.files["area"] = kept
+
+    async def still(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        assert volume.protection.fault is None
+
+    scene.run(still)
+    scene.works()
 
 
 def test_a_missing_area_does_not_hide_the_fault_that_only_its_superblock_has() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import trio
 import trio.testing
+from damage import cut, cut_tables, rot
+from filefuzz import poke
 from rig import (
     BLOCK,
     SMALLEST,
@@ -26,6 +28,7 @@ from rig import (
 from rig import write as write_at
 from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
+from vsnapfs.diffarea.layout import Layout
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
 from vsnapfs.volume import Volume
@@ -183,6 +186,91 @@ def test_a_copy_of_the_area_from_before_an_opening_that_was_killed_is_an_old_one
     assert content(rig) == NEW + OLD[BLOCK:]
 
 
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+@pytest.mark.parametrize("through", ["ring", "group commit"])
+def test_a_copy_of_the_area_made_while_it_was_served_is_an_old_one(
+    policy: str, through: str
+) -> None:
+    """Preserving changes no generation, but the ring knows the newest barrier: the copy, put back
+    after that server was killed, is fault 15, nothing newer shows in a point, and with the right
+    one all is there.
+    """
+    rig = made(on_full=policy)
+    copies = []
+
+    async def write(volume: Volume, block: int) -> None:
+        if through == "group commit":  # What is longer than half the ring goes beside it.
+            volume.buffer.reason = "not now"
+        await write_at(volume, block * BLOCK, NEW)
+        await flush(volume)
+
+    async def serve(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write(volume, 0)
+        copies.append(all_files(rig)["area"])
+        await write(volume, 4)
+        rig.host.stop_at = rig.host.operations
+
+    with contextlib.suppress(PowerLoss):
+        rig.run(serve)
+    rig.killed()
+    memory = {name: bytes(ring) for name, ring in rig.host.memory.items()}
+    right = rig.host.files["area"]
+    rig.host.files["area"] = replace(copies[0], locked=False)
+    poke(rig, "area", Layout(BLOCK).sector_offsets(0)[1] + 40, b"\xa5")  # Nothing is healed there.
+    before = rig.host.files["area"].cache.copy()
+
+    async def old(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 15
+        point = volume.open_point(1)
+        assert bytes(await point.read(0, BLOCK)) == OLD[:BLOCK]
+        with pytest.raises(OSError, match="Input/output"):
+            await point.read(4 * BLOCK, BLOCK)
+        with pytest.raises(VsnapError, match="somebody else has written"):
+            await volume.online()
+
+    rig.run(old)
+    rig.close()
+    assert {name: bytes(ring) for name, ring in rig.host.memory.items()} == memory
+    rig.run(old)
+    rig.close()
+    area = rig.host.files["area"].cache
+    assert area.read(0, area.size) == before.read(0, before.size)
+    rig.host.files["area"] = replace(right, locked=False)
+
+    async def back(volume: Volume) -> None:
+        await volume.online()
+        await look(volume)
+
+    rig.run(back)
+    assert content(rig) == NEW + OLD[BLOCK : 4 * BLOCK] + NEW + OLD[5 * BLOCK :]
+    assert lost(rig) == 0
+
+
+@pytest.mark.parametrize("damage", [rot, cut_tables])
+def test_a_damaged_newest_barrier_is_no_old_area(damage: Callable[[Rig], object]) -> None:
+    """The newest descriptors are lost: fault 3, as without a ring."""
+    rig = made()
+
+    async def serve(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        await flush(volume)
+        rig.host.stop_at = rig.host.operations
+
+    with contextlib.suppress(PowerLoss):
+        rig.run(serve)
+    rig.killed()
+    damage(rig)
+
+    async def damaged(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 3
+
+    rig.run(damaged)
+
+
 def test_a_missing_ring_is_an_error_event() -> None:
     """Gone in the same boot: what was acknowledged is lost, and the log says so; points are not."""
     rig = left_by_a_kill()
@@ -247,6 +335,78 @@ def test_a_stale_ring_of_the_same_volume_and_boot_is_not_used() -> None:
     rig.close()
     # One that nobody has read is nobody's to remove.
     assert rig.host.memory == kept
+
+
+async def _by_repair(rig: Rig, volume: Volume) -> None:
+    assert (await volume.repair())["ok"]
+    await volume.online()
+
+
+async def _by_online(rig: Rig, volume: Volume) -> None:
+    rig.host.failures.clear()
+    await volume.online()
+
+
+async def _by_giving_up(rig: Rig, volume: Volume) -> None:
+    await volume.online(give_up_recovery_points=True)
+
+
+@pytest.mark.parametrize("put_back", ["all files", "area"])
+@pytest.mark.parametrize("way", [_by_repair, _by_online, _by_giving_up])
+def test_old_copies_look_old_however_the_opening_between_came_online(
+    way: Callable[[Rig, Volume], Awaitable[None]], put_back: str
+) -> None:
+    """Also one that found a fault, or could commit nothing, and wrote nothing until then: copies
+    from before it are old ones, of all files (the ring is lost, and told) and of the area (15 or
+    no point; what a point shows is right or EIO), wherever it was killed.
+    """
+    for nth in range(100):
+        rig = left_by_a_kill()
+        kept = all_files(rig)
+        if way is _by_online:
+            rig.host.fail("area", "write", errno.EIO, times=FOREVER)
+        else:
+            cut(rig, rig.host.files["area"].cache.size - BLOCK)
+        ended = False
+
+        async def come_back(volume: Volume, rig: Rig = rig, nth: int = nth) -> None:
+            nonlocal ended
+            assert not volume.protection.is_online
+            changes = 0
+
+            def stop(backing: SimBacking, operation: str, _at: int, _length: int) -> None:
+                nonlocal changes
+                changes += operation == "sync" or (backing.name, operation) == ("replica", "write")
+                if changes > nth:
+                    rig.host.stop_at = rig.host.operations
+
+            rig.host.hooks.append(stop)
+            await way(rig, volume)
+            await write_at(volume, 4 * BLOCK, NEW)
+            ended = True
+            rig.host.stop_at = rig.host.operations
+
+        with contextlib.suppress(PowerLoss):
+            rig.run(come_back)
+        rig.killed()
+        for name in kept if put_back == "all files" else [put_back]:
+            rig.host.files[name] = replace(kept[name], locked=False)
+        rig.log.events.clear()
+
+        async def see(volume: Volume, rig: Rig = rig) -> None:
+            if put_back == "all files":  # As after the first kill, but for what is told.
+                assert acknowledged(rig, volume) == (OLD if lost(rig) else NEW + OLD[BLOCK:])
+            for point in volume.points:
+                handle = volume.open_point(point.number)
+                for at in range(0, SIZE, BLOCK):
+                    with contextlib.suppress(OSError):
+                        assert await handle.read(at, BLOCK) == OLD[at : at + BLOCK]
+                handle.close()
+
+        rig.run(see)
+        if ended:
+            return
+    raise AssertionError("it never ended")
 
 
 def test_an_old_area_put_back_does_not_cost_the_ring() -> None:

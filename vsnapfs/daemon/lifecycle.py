@@ -234,6 +234,14 @@ class Server:
             )
         if self._close_failure is not None:
             raise self._close_failure
+        if self._volume is not None and self._volume.left_behind:
+            raise VsnapError(
+                f"{shown(ours)} is unmounted and its volume closed, but not all acknowledged "
+                f"writes are on the disk: {self._volume.left_behind}",
+                hint=f"'vsnapfs events {shown(self._plan.directory)}' says more. What waits in the "
+                "write buffer is carried out by the next mount, unless the machine restarts.",
+                code="not-durable",
+            )
         return {"mountpoint": ours}
 
     def _waits(self) -> str:

@@ -77,14 +77,15 @@ class DiffArea(MendableStore):
         maximum: int,
         epoch: int = 0,
         generation: int = 0,
+        barrier: int = 0,
         ring: RingName = NO_RING,
         boot: bytes = bytes(16),
     ) -> DiffArea:
         """Make an empty diff area of at most `maximum` bytes in `backing`.
 
-        epoch: numbers up to it were used by an earlier area of this volume; generation: so were
-        these. ring, boot: the write buffer in use, as in `Superblock`. UsageError if the size is
-        impossible, OSError (ENOSPC, EOPNOTSUPP, …) if the host does not give the space.
+        epoch: numbers up to it were used by an earlier area of this volume; generation, barrier:
+        so were these. ring, boot: the write buffer in use, as in `Superblock`. UsageError if the
+        size is impossible, OSError (ENOSPC, EOPNOTSUPP, …) if the host does not give the space.
         """
         layout = Layout(block_size)
         check_maximum(layout, maximum)
@@ -104,6 +105,7 @@ class DiffArea(MendableStore):
             maximum=maximum,
             allocated=allocated,
             generation=generation,
+            barrier=barrier,
             epoch=epoch,
             ring=ring,
             boot=boot,

@@ -17,6 +17,7 @@ Promises:
     our replica         the ring                                   carried out
     our replica         gone from that tmpfs, or rotted            lost: 1043
     our replica         taken over with a later superblock         lost: 1043
+    our replica         it knows a barrier that the area lacks     offline by fault 15, it stays
     our replica         another user's, locked, no descriptor, …   closed
     our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
@@ -32,8 +33,9 @@ import errno
 import os
 
 from ..backing import FileId
+from ..diffarea.area import DiffArea
 from ..diffarea.superblock import NO_RING, RingName
-from ..errors import FormatError, VsnapError
+from ..errors import FaultCode, FaultError, FormatError, VsnapError
 from .core import Core
 from .ring import Ring
 from .shm import RingStore, Unusable
@@ -56,7 +58,8 @@ def adopt(
 
     known: the generation of the superblock that names it, if one does.
     give_up: the administrator gives up what a ring holds that keeps the volume closed (event 1054).
-    VsnapError (code `CLOSED`) if the volume must not be opened. MemoryError.
+    VsnapError (code `CLOSED`) if the volume must not be opened. FaultError 15: the diff area is an
+    old copy, `is_old` from now on; the ring waits for the right one. MemoryError.
     """
     if name == NO_RING or boot != store.boot:
         # In another life of the machine nothing but what was flushed was promised.
@@ -69,7 +72,10 @@ def adopt(
         _refuse_elsewhere(name, here)
         ring = store.find(name, core.volume_id, here)
         if not here.born or ring.born in (0, here.born):
-            if known is None or ring.taken <= known:
+            if known is None:
+                return ring
+            if ring.taken <= known:
+                _compare_barriers(core.need_area(), ring)
                 return ring
             # A copy of all files, put back: what it held then has been carried out elsewhere, and
             # what it holds now came later. It stays, for who knows of it.
@@ -102,6 +108,23 @@ def adopt(
         errno=errno.EBUSY,
         code=CLOSED,
     )
+
+
+def _compare_barriers(area: DiffArea, ring: Ring) -> None:
+    """FaultError 15, and the ring is let go, if the area lacks a barrier that has been made.
+
+    Preserving changes no generation: only this tells a copy that was made while it was served.
+    """
+    # Of an area that is damaged the newest sectors may be gone; nothing is preserved in it anyway.
+    if ring.barrier <= area.barrier_number or not area.is_sound:
+        return
+    area.is_old = True
+    text = (
+        f"the diff area ends with barrier {area.barrier_number}, {ring.barrier} was made before: "
+        "an old copy of it has been put back"
+    )
+    ring.close()
+    raise FaultError(FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, text)
 
 
 def _refuse_elsewhere(name: RingName, here: FileId) -> None:

@@ -110,6 +110,11 @@ class WriteBuffer:
         return self.ring.name if self.ring is not None else NO_RING
 
     @property
+    def barrier(self) -> int:
+        """The newest barrier that the ring knows of, 0 without a ring."""
+        return self.ring.barrier if self.ring is not None else 0
+
+    @property
     def is_open(self) -> bool:
         """Whether writes can be acknowledged by it (perhaps after `start`)."""
         return not self.reason and self._running
@@ -171,7 +176,7 @@ class WriteBuffer:
 
         An Error event says so if that is lost though the machine has been up all the time.
         give_up: what cannot be used now is given up. VsnapError if the volume must stay closed;
-        MemoryError: it has taken over nothing.
+        FaultError 15 (the diff area is an old copy), MemoryError: it has taken over nothing.
         """
         area, store = self._core.area, self._store
         self._may_give_up = give_up
@@ -219,6 +224,13 @@ class WriteBuffer:
             self.acknowledged = 0
             self.close()
             raise
+
+    def note_barrier(self, number: int) -> None:
+        """A barrier of the diff area is durable, and nothing is overwritten yet that relies on it:
+        a copy of the area from before it looks old from now on, if this process is killed.
+        """
+        if self.ring is not None and not self._core.dry_run:
+            self.ring.note_barrier(number)
 
     def is_taken(self) -> None:
         """The superblock that names it again is durable: with an older one it does not count."""

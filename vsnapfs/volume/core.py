@@ -236,6 +236,8 @@ class Core:
     listeners: list[Callable[[], None]] = field(default_factory=list)
     #: Writes the diff area's generation to the state file, in a worker thread (`Protection.save`).
     note_generation: Callable[[], None] = lambda: None
+    #: It has been written there since the opening.
+    is_noted: bool = False
 
     def __post_init__(self) -> None:
         #: The one way to sync the replica.
@@ -321,16 +323,16 @@ class Core:
     async def commit(self, **changes: Any) -> None:
         """Commit the superblock. The caller holds `area_lock`. FaultError 7, 13, 14, 15."""
         area = self.need_area()
-        was_clean = area.superblock.clean
 
         def work() -> None:
             if area.needs_rollback:
                 area.rollback()
             area.commit(**changes)
-            if was_clean:
+            if not self.is_noted:
                 # A copy of the area from before, put back, must look old to the next opening (15).
                 with suppress(OSError, MemoryError):
                     self.note_generation()
+                    self.is_noted = True
 
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)

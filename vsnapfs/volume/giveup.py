@@ -69,6 +69,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
                     volume.buffer.forget_slots()
+                    volume.buffer.is_taken()  # With what the lost area said it does not count now.
                     volume.room.promised.clear()
                     area.relaxed = core.durability == "process"
             except BaseException:
@@ -176,6 +177,7 @@ def _format(volume: Volume, backing: Backing, maximum: int, epoch: int) -> DiffA
         maximum=maximum,
         epoch=epoch,
         generation=_generation(volume),
+        barrier=volume.buffer.barrier,
         # What was acknowledged and is still to be carried out belongs to the new area from its
         # first moment on.
         ring=volume.buffer.name,

@@ -267,19 +267,24 @@ class Protection:
             ) from error
 
     async def take_offline(self) -> None:
-        """The administrator's `offline`: no fault, same refusal. Nothing if it is offline.
+        """The administrator's `offline`: no fault, same refusal. Nothing if it is offline already
+        by what does not clear itself.
 
         VsnapError if only this process knows: a superblock records faults, not this.
         """
-        if self.is_online:
+        if not self.is_online:
+            await self.recorded()  # Offline by a fault is an answer once the disk knows of it.
+        if self.is_online or self.clears_itself:
+            if self.fault is not None:
+                # His word would end with it. Why the points cannot be read stays in `trouble`.
+                self.trouble = self.trouble or self.fault.message
             self.fault = None
             self._go_down()
             await self.persist()
             self._core.log.log("vsnapfs", 1020, volume=self._core.name)
-        else:
-            await self.recorded()  # Offline by a fault is an answer once the disk knows of it.
         area = self._core.area
-        known = self.saved.offline or (area is not None and area.superblock.fault is not None)
+        saved = self.saved.offline and self.saved.fault == self.fault
+        known = saved or (area is not None and area.superblock.fault is not None)
         if not known and not self._closed:
             raise VsnapError(
                 f"volume {self._core.name} is offline, but only until it is opened anew: "

@@ -75,8 +75,12 @@ class Volume:
         self._stopped = trio.Event()
         self._stopped.set()
         self._closed = False
+        #: After `close`: why acknowledged writes are not on the disk, "" if they are.
+        self.left_behind = ""
         #: It was opened without enough memory, and stays offline until it is opened anew.
         self._lacks_memory = False
+        #: What recovery has decided is durable (or there was nothing to decide), see `_settle`.
+        self._is_settled = False
 
     @property
     def directory(self) -> Path:
@@ -219,6 +223,8 @@ class Volume:
             self.warnings.append(changed)
         try:
             await self.buffer.adopt(give_up=give_up_write_buffer)
+        except FaultError as error:  # The ring knows better than the area; that one comes first.
+            opened.fault = error
         except MemoryError:  # All of it stays as it is, for an opening that has the memory.
             opened.fault = opened.fault or no_memory()
             self._stays_offline(no_memory())  # Whatever else is wrong, and mended first.
@@ -231,7 +237,7 @@ class Volume:
             await self._heal_state()
         except MemoryError:
             await self._offline_at_open(no_memory())
-        self.core.note_generation = self.protection.save
+        self.core.note_generation, self.core.is_noted = self.protection.save, False
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
@@ -242,7 +248,7 @@ class Volume:
     async def _heal_area(self, opened: Opened) -> None:
         """Write what recovery has decided on. If that fails, the area could not be opened."""
         area, report = opened.core.area, opened.report
-        if area is None or report is None or not report.to_heal:
+        if area is None or area.is_old or report is None or not report.to_heal:
             return
         try:
             await in_thread(area.heal, report.to_heal)
@@ -274,6 +280,7 @@ class Volume:
                 elif protection.is_online:
                     await self.buffer.try_again()
             except FaultError as error:
+                self.buffer.hold(error)
                 await self._offline_at_open(error)
             except OSError:
                 # Acknowledged writes could not be carried out: that has been a fault already.
@@ -309,17 +316,23 @@ class Volume:
         if report.given_up:
             await self._tell_given_up(report.given_up)
         if report.unclean or report.healed:
-            # Both copies of the superblock agree again, and all that recovery decided is durable
-            # before anything relies on it.
-            async with core.area_lock:
-                await core.commit(ring=self.buffer.name)
-                self.buffer.is_taken()
-                await in_thread(core.need_area().trim)
+            await self._settle()
             # A ring that is given up must not come back with the next loss of the area, and a copy
             # of the area from before this commit, put back, must look old to the next opening (15),
             # however this one ends. Before anything is carried out.
             await self._heal_state()
-            self.account.superblock_is_healed()
+        self._is_settled = True
+
+    async def _settle(self) -> None:
+        """Both copies of the superblock agree again, and all that recovery decided is durable
+        before anything relies on it. FaultError.
+        """
+        core = self.core
+        async with core.area_lock:
+            await core.commit(ring=self.buffer.name)
+            self.buffer.is_taken()
+            await in_thread(core.need_area().trim)
+        self.account.superblock_is_healed()
 
     async def _tell_given_up(self, points: list[RecoveryPoint]) -> None:
         """Tell of points that the next commit is going to drop: they have been told of, unless the
@@ -499,18 +512,13 @@ class Volume:
         core, area = self.core, self.core.area
         # First of all: a growth that is committed later would take the mark of a clean end away.
         if not await self._end_growth():
+            self.left_behind = "there was no time to write them"
             with trio.move_on_after(core.config.hold_timeout):
-                await self.buffer.finish()
-            with suppress(OSError):
-                await core.flush_replica()
+                await self._all_is_durable()
             return
-        if not await self.buffer.finish():
-            return
-        if area is None or area.superblock.clean or core.replica_failed:
+        if not await self._all_is_durable() or area is None or area.superblock.clean:
             return
         try:
-            # Also where policy `evict` has gone on without the diff area.
-            await core.flush_replica()
             if core.area_is_stale or area.needs_rollback:
                 return
             if area.superblock.restoring or not area.is_sound:
@@ -520,12 +528,29 @@ class Volume:
             await in_thread(self.buffer.remove)
             await in_thread(self.protection.save)
         except Exception as error:  # noqa: BLE001 - then it is closed as it is
-            core.log.log(
-                "vsnapfs",
-                1091,
-                volume=core.name,
-                reason=f"the volume could not be closed: {error!r}",
-            )
+            self._could_not(error)
+
+    async def _all_is_durable(self) -> bool:
+        """Carry out what is in the write buffer and sync the replica, also where policy `evict` has
+        gone on without the diff area. False: `left_behind` says why not.
+        """
+        core, why = self.core, ""
+        if not await self.buffer.finish():
+            why = f"they could not be carried out: {self.buffer.stuck}"
+        elif core.replica_failed:
+            why = f"a sync of the replica has failed: {core.replica_error}"
+        elif core.area is not None and not core.area.superblock.clean:
+            try:
+                await core.flush_replica()
+            except Exception as error:  # noqa: BLE001 - it is closed all the same
+                why = f"the replica could not be synced: {error}"
+                self._could_not(error)
+        self.left_behind = why
+        return not why
+
+    def _could_not(self, error: Exception) -> None:
+        text = f"the volume could not be closed: {error!r}"
+        self.log.log("vsnapfs", 1091, volume=self.core.name, reason=text)
 
     async def _end_growth(self) -> bool:
         """False if a growth goes on all the same: what it works on is left as after a kill."""
@@ -641,6 +666,12 @@ class Volume:
             if core.replica_failed:
                 await in_thread(self.reopen_replica)
             warning = protection.would_fit()
+            if not self._is_settled:
+                # The opening found a fault and wrote nothing. Old copies must look old all the same
+                # before anything is carried out.
+                await self._settle()
+                await in_thread(protection.save)
+                self._is_settled = True
             await self.buffer.try_again()
             await protection.come_online()
         except (FaultError, OSError, VsnapError) as error:
