@@ -151,7 +151,7 @@ class Search:
         self.options = options
         self.figures: Figures = Figures()
         self.finds: list[str] = []
-        self.ended = 0
+        self.ended = self.done = 0
         self._reports: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._began = time.monotonic()
 
@@ -189,7 +189,7 @@ class Search:
         workers = [self._start(share) for share in range(self.options.jobs)]
         told = 0.0
         try:
-            while (left := self.options.minutes - self.minutes) > 0 and len(self.finds) < MOST:
+            while (left := self.options.minutes - self.minutes) > 0 and self._goes_on():
                 try:
                     report = self._reports.get(timeout=min(60 * left, 1))
                 except queue.Empty:
@@ -209,12 +209,17 @@ class Search:
                     os.killpg(worker.pid, signal.SIGTERM)
                 worker.wait()
 
+    def _goes_on(self) -> bool:
+        most = self.options.count
+        return len(self.finds) < MOST and (most is None or self.done < most)
+
     def _take(self, report: dict[str, Any] | None) -> None:
         if report is None:
             self.ended += 1
             self.finds.append("a process")
             print("FOUND: a process has ended by itself, see above", flush=True)
             return
+        self.done += 1
         self.figures.update(report["figures"])
         if report["found"]:
             how = again(report["kind"], report["seed"])
@@ -239,6 +244,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--minutes", type=float, default=60, metavar="N", help="how long (60)")
+    parser.add_argument("--count", type=int, metavar="N", help="end after so many, if before that")
     parser.add_argument("--seed", type=int, help="the same seed, the same search (random)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (1)")
     parser.add_argument("--only", choices=KINDS, help="one kind of search, instead of all")
