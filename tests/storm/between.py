@@ -122,12 +122,12 @@ def look_at_old_area(clients: Clients, copies: Copies) -> None:
 
     async def look(volume: Volume) -> None:
         nonlocal took_it
-        area, fault = volume.core.area, volume.protection.fault
+        area = volume.core.area
         if area is None or not area.is_old:
             took_it = True
             return
         clients.say("old area refused")
-        assert fault is not None
+        assert volume.protection.fault is not None
         assert not volume.protection.is_online
         assert await attempt(volume.online()) is not None, "online beside an old diff area"
         for point in volume.points:

@@ -89,6 +89,7 @@ class Storm:
         self.clients = Clients(self.rig, Account(chosen["size"], dice), dice)
         self.clients.tight = chosen["tight"]
         self.copies: list[Copies] = []
+        self.copied_in_use: Copies | None = None
         #: A failure may have left a copy of something bad, and nothing was opened anew since.
         self._was_failing = False
 
@@ -145,6 +146,7 @@ class Storm:
             self._inject()
         clients.say("life", end)
         clients.closing = stopped = False
+        self.copied_in_use = None
         try:
             rig.run(self._work, end)
         except PowerLoss:
@@ -185,9 +187,18 @@ class Storm:
                     nursery.start_soon(clients.reader, volume, dice.choice([2, 6]))
                 for _ in range(dice.choice([1, 1, 2])):
                     nursery.start_soon(clients.administrator, volume, dice.choice([2, 5, 9]))
+                if end == "kill" and self.chosen["copies"]:
+                    nursery.start_soon(self._copy, volume)
                 if end == "close at work":
                     await self._close(volume)
                     nursery.cancel_scope.cancel()
+
+    async def _copy(self, volume: Volume) -> None:
+        """Of what is in use: no backup, but a ring that is there knows it for what it is."""
+        for _ in range(self.dice.randrange(200)):
+            await trio.lowlevel.checkpoint()
+        if volume.buffer.ring is not None:
+            self.copied_in_use = between.copied(self.clients, powerless=False)
 
     async def _close(self, volume: Volume) -> None:
         for _ in range(self.dice.randrange(400)):
@@ -246,7 +257,11 @@ class Storm:
         dice, clients = self.dice, self.clients
         sound = not clients.failing and not self._was_failing
         if self.chosen["copies"] and sound:
-            if self.copies and dice.random() < 0.4:
+            copies = self.copied_in_use
+            if copies and clients.rig.host.memory and not self.account.ring_removed:
+                clients.say("copy of what was in use")
+                between.look_at_old_area(clients, copies)
+            elif self.copies and dice.random() < 0.4:
                 self._put_back(how)
             if dice.random() < 0.5:
                 self.copies.append(between.copied(clients, powerless=how.powerless))
