@@ -90,8 +90,6 @@ class Storm:
         self.clients.tight = chosen["tight"]
         self.copies: list[Copies] = []
         self.copied_in_use: Copies | None = None
-        #: A failure may have left a copy of something bad, and nothing was opened anew since.
-        self._was_failing = False
 
     def __repr__(self) -> str:
         given = "".join(f", {name}={value!r}" for name, value in self.given.items())
@@ -233,7 +231,7 @@ class Storm:
         clients.mend()
         clients.counts[end] += 1
         clients.counts["failed"] += sum(failure.fired for failure in clients.injected)
-        self._was_failing = clients.failing or (self._was_failing and rig.volume is not None)
+        clients.was_failing = clients.failing or (clients.was_failing and rig.volume is not None)
         if interrupted:
             clients.say("ended", end)
             self.account.interrupted()
@@ -255,7 +253,7 @@ class Storm:
 
     def _between(self, how: Ended) -> None:
         dice, clients = self.dice, self.clients
-        sound = not clients.failing and not self._was_failing
+        sound = not clients.failing and not clients.was_failing
         if self.chosen["copies"] and sound:
             copies = self.copied_in_use
             if copies and clients.rig.host.memory and not self.account.ring_removed:
@@ -311,7 +309,7 @@ class Storm:
             await clients.bring_online(volume)
             if not volume.protection.is_online and volume.points:
                 await clients.delete(volume, volume.points[0].number)
-        ignored = _NO_CONSEQUENCE if self._was_failing else ()
+        ignored = _NO_CONSEQUENCE if self.clients.was_failing else ()
         found = real_problems((await volume.verify())["problems"], ignored)
         assert not found, found
         return True

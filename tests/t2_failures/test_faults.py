@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from damage import cut
 from failing import nothing_kept
+from filefuzz import poke
 from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_points, small_steps, write
 from scene import SIZE, Scene
 from simdisk import FOREVER, PAGE, SimBacking
@@ -436,6 +437,37 @@ def test_an_area_found_after_it_was_missing_can_have_another_fault() -> None:
     scene.rig.host.files["area"] = right
     assert scene.fault == 15
     scene.works()
+
+
+@pytest.mark.parametrize("what", ["sync", "healing"])
+@pytest.mark.parametrize("buffer", [0, 64 << 10])
+def test_an_area_that_takes_no_writes_at_open_still_shows_its_points(
+    what: str, buffer: int
+) -> None:
+    """Fault 2, and no copy is made before it has been opened anew, but all points can be read."""
+    scene = Scene(buffer=buffer)
+    assert scene.write(6 * BLOCK, BLOCK) is None
+    scene.rig.killed()
+    host = scene.rig.host
+    if what == "sync":
+        host.fail("area", "sync", errno.EIO, times=FOREVER)
+    else:
+        poke(scene.rig, "area", Layout(BLOCK).sector_offsets(0)[1] + 40, b"\xa5")
+        host.fail("area", "write", errno.EIO, times=FOREVER)
+
+    async def look(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 2
+        assert await read_points(volume) == scene.points
+        assert isinstance(await attempt(volume.online()), VsnapError)
+        host.failures.clear()  # What was not written at the opening is not there all the same.
+        assert isinstance(await attempt(volume.online()), VsnapError)
+
+    scene.run(look)
+    scene.rig.close()
+    assert scene.online() is None
+    assert scene.write(0, SIZE, seed=77) is None
+    scene.exact()
 
 
 @pytest.mark.parametrize(

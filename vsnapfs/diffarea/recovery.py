@@ -74,7 +74,8 @@ class Report:
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
     recovery points may be wrong after a power failure (durability "process"). replica_error: a
-    sync of the replica failed, which Linux tells once only. to_heal: sectors that are to be written
+    sync of the replica failed, which Linux tells once only; area_error: one of the area, so that
+    nothing may be written to it before it is opened anew. to_heal: sectors that are to be written
     (`DiffArea.heal`) before anything else is, if it is opened at all. given_up: points in the
     catalog that do not count, because their loss had been recorded elsewhere.
     """
@@ -90,6 +91,7 @@ class Report:
     suspect: int = 0
     problems: list[str] = field(default_factory=list)
     replica_error: OSError | None = None
+    area_error: OSError | None = None
     to_heal: dict[int, SectorImage] = field(default_factory=dict)
     given_up: list[RecoveryPoint] = field(default_factory=list)
 
@@ -177,15 +179,18 @@ def open_area(
                 hint="It is not the replica this diff area was made for, or it has been resized.",
                 code="other-replica",
             )
+        failed = None
         if notes or not superblock.clean:
             # What a killed server left in the host's cache must be durable before it is trusted,
             # and must be read back from the disk, not from the cache, to be checked. The superblock
             # as well: a failed sync leaves one that no disk has ever had.
-            backing.sync()
+            failed = _sync(backing)
             backing.forget_cache()
             found, notes, rot = read_superblocks(backing)
             superblock = found[0]
         scan = _Scan(backing, replica, superblock, notes)
+        scan.report.area_error = failed
+        scan.area.is_incomplete = failed is not None
         scan.area.is_old = superblock.generation < known
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
@@ -201,6 +206,15 @@ def open_area(
             f"the diff area could not be read: {error}",
             errno=error.errno or errno.EIO,
         ) from error
+
+
+def _sync(backing: Backing) -> OSError | None:
+    """What is read afterwards is what the disk has, also if that fails. The error, if it did."""
+    try:
+        backing.sync()
+    except OSError as error:
+        return error
+    return None
 
 
 class _Scan:
@@ -257,7 +271,7 @@ class _Scan:
         area.index.compact(points)
         area.slots.take(area.index.live_slots(points))
         self._keep_slots_of_damage()
-        if self.heal and not area.is_old:
+        if self.heal and not area.is_old and not area.is_incomplete:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
             report.to_heal = self.heal
         return area, report

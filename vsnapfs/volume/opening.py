@@ -325,6 +325,12 @@ def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> Fau
             f"the diff area is at generation {superblock.generation}, "
             f"{saved.generation} was written before: an old copy of it has been put back",
         )
+    if report is not None and report.area_error is not None:
+        return FaultError(
+            FaultCode.IO_FAILURE_DURING_ONLINE,
+            f"the diff area could not be synced: {report.area_error.strerror}",
+            errno=report.area_error.errno or errno.EIO,
+        )
     if report is not None and area.backing.size() < superblock.allocated:
         return FaultError(FaultCode.META_DATA_CORRUPTION, report.problems[0])
     if area.damaged_sectors:

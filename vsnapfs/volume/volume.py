@@ -246,7 +246,7 @@ class Volume:
                 self.log.log("vsnapfs", 1055, volume=self.core.name, reason=doubt)
 
     async def _heal_area(self, opened: Opened) -> None:
-        """Write what recovery has decided on. If that fails, the area could not be opened."""
+        """Write what recovery has decided on. If that fails, the points can be read, no more."""
         area, report = opened.core.area, opened.report
         if area is None or area.is_old or report is None or not report.to_heal:
             return
@@ -257,8 +257,7 @@ class Volume:
             opened.fault, opened.report = opened.fault or no_memory(), None
             self._stays_offline(no_memory())
         except FaultError as error:
-            opened.fault, opened.report, opened.core.area = error, None, None
-            area.backing.close()
+            opened.fault, opened.report, area.is_incomplete = error, None, True
         self.account = Account(opened)
 
     async def _judge(self, opened: Opened) -> None:
@@ -707,6 +706,9 @@ class Volume:
             # The next opening would drop them, whatever is answered now.
             reason = "giving up its recovery points has begun, and did not end"
             hint = "Mend what it met, then repeat 'vsnapfs online --give-up-recovery-points'."
+        elif area.is_incomplete:
+            reason = "its diff area could not be written when it was opened"
+            hint = f"Mend its disk, then unmount the volume and mount it again. If not, {give_up}."
         elif area.damaged_sectors:
             reason = "its diff area is damaged beyond repair, new copies could hide old ones"
             hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
