@@ -33,6 +33,8 @@ _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
 _CANNOT_TELL = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+#: What stat(2) says of a path that leads to no file of ours. All else is a host that fails.
+_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ESTALE)
 
 #: Of two short reads lately that were not in the host's cache, both in the same so many bytes, the
 #: second has all of them fetched. Lately: among the last so many. With more, reads at random places
@@ -137,7 +139,9 @@ class Backing(Protocol):
         ...
 
     def check_present(self) -> None:
-        """Raise `Removed` if the path does not lead to this open file any more."""
+        """Raise `Removed` if the path does not lead to this open file any more, another OSError
+        if the host does not tell.
+        """
         ...
 
     def check_linked(self) -> None:
@@ -422,7 +426,9 @@ class FileBacking:
         try:
             there = os.stat(self.path, follow_symlinks=self._follow)
         except OSError as error:
-            raise Removed(error.errno or errno.ENOENT, f"{self.path} is gone") from None
+            if error.errno not in _LEADS_NOWHERE:
+                raise
+            raise Removed(error.errno, f"{self.path} is gone") from None
         here = os.fstat(self._fd)
         if here.st_nlink == 0 or not _is_same(there, here):
             raise Removed(errno.ENOENT, f"{self.path} is not the file that was opened")
@@ -491,6 +497,9 @@ class FileBacking:
         # opening for writing, and must not take it for somebody else's.
         fd, lock, self._fd, self._lock = self._fd, self._lock, -1, -1
         if fd >= 0:
-            # The locks last: who gets them next finds it open for writing by nobody.
-            os.close(fd)
-            os.close(lock)
+            # The locks last: who gets them next finds it open for writing by nobody. What a network
+            # or FUSE file system may say of earlier writes comes too late, and has been synced; the
+            # descriptor is gone all the same.
+            for descriptor in (fd, lock):
+                with suppress(OSError):
+                    os.close(descriptor)

@@ -262,3 +262,21 @@ def test_events_that_wait_are_bounded(tmp_path: Path) -> None:
     assert log.unwritten == 3000
     assert counts(log.events()) == list(range(3000 - len(log.events()), 3000))
     assert len(log.events()) == 1024
+
+
+def test_a_close_that_the_host_refuses_is_no_failure(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close(2) of a network or FUSE file system may fail: neither closing nor logging does."""
+    close = os.close
+
+    def refusing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    log.log("vsnapfs", 1091, text="before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refusing)
+        log.close()
+        log.log("vsnapfs", 1091, text="after")
+    assert [event.params["text"] for event in log.events()] == ["before", "after"]

@@ -15,7 +15,9 @@ import pytest
 from failing import Step, Trial, count_operations
 from hypothesis import settings
 from rig import BLOCK, SMALLEST, Rig, small_steps
-from simdisk import FOREVER
+from simdisk import FOREVER, LOOKS
+
+from vsnapfs.errors import VsnapError
 
 #: It looks for our own defects: once is enough.
 pytestmark = pytest.mark.slow
@@ -128,3 +130,47 @@ def test_one_operation_after_the_other_fails(
                         f"log: {trial.rig.log.events}"
                     )
                     raise
+
+
+LOOKING: list[Step] = [
+    ("create",),
+    ("write", 0, 18 * BLOCK),
+    ("create",),
+    ("write", 0, 18 * BLOCK),
+    ("delete", 1),
+    ("write", 0, 40 * BLOCK),
+    ("reopen",),
+    ("create",),
+    ("write", 0, 2 * BLOCK),
+]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+@pytest.mark.parametrize("name", ["replica", "area", "state"])
+def test_one_look_after_the_other_fails(name: str, policy: str, look: str) -> None:
+    """A host may even refuse to say how large an open file is, or whether its name still leads to
+    it: that is a failed operation like any other, no defect, and does not end the server.
+    """
+    ways = itertools.cycle(itertools.product(ENDS, (1, FOREVER)))
+    options: dict[str, Any] = {"size": 40 * BLOCK, "maximum": SMALLEST + 100 * BLOCK}
+    with small_steps():
+        for nth in range(1, 1000):
+            end, times = next(ways)
+            rig = Rig(**options, on_full=policy, buffer=64 * 1024 if nth % 2 else 0)
+            trial = Trial(rig)
+            failure = trial.host.fail(name, look, errno.EIO, nth=nth, times=times)
+            try:
+                trial.run(LOOKING)
+                if not failure.fired:
+                    assert trial.refused == []
+                    assert rig.host.counts["area", "allocate"] > 1, "it has not grown"
+                    break
+                assert ("volsnap", 90) not in rig.log.events
+                for step, error in trial.refused:
+                    assert step[0] != "create" or isinstance(error, VsnapError)
+                trial.end(end)
+            except BaseException as problem:
+                problem.add_note(f"{failure}, then {end}; refused: {trial.refused}")
+                problem.add_note(f"log: {rig.log.events}")
+                raise

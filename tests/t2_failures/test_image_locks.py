@@ -290,3 +290,20 @@ def test_a_file_replaced_between_locking_and_opening_is_not_used(
         FileBacking.open(image)
     assert len(os.listdir("/proc/self/fd")) == before
     assert locked(Path(f"{image}.old")) == []
+
+
+def test_a_close_that_the_host_refuses_leaves_no_lock(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close(2) of a network or FUSE file system may fail; the file is not held for ever then."""
+    backing, close = FileBacking.open(image), os.close
+
+    def refusing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refusing)
+        backing.close()
+    with opened(image):
+        pass

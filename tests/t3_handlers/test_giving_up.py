@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -463,6 +464,54 @@ def test_without_a_descriptor_the_stand_in_does_not_spin(hanging: Running) -> No
         assert min(gaps) >= 0.9 * standby.SHORTAGE_SECONDS
         stand_in._listener = real
         assert b"accepted" in connection.recv(1 << 16)
+
+
+class _FewDescriptors(_NoDescriptors):
+    """The same, as long as the stand-in has given up fewer descriptors than it holds clients."""
+
+    def __init__(self, stand_in: standby.Standby) -> None:
+        super().__init__(stand_in._listener)
+        self._stand_in = stand_in
+
+    def accept(self) -> Any:
+        given_up = standby._SPARE - len(self._stand_in._spare._spare)
+        if given_up <= len(self._stand_in._callers):
+            super().accept()
+        return self._listener.accept()
+
+
+def test_without_a_descriptor_the_stand_in_has_some_in_reserve(
+    hanging: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status is answered when none is free, though clients that wait have all of the reserve."""
+    monkeypatch.setattr(standby, "SHORTAGE_SECONDS", 0.001)
+    stand_in = _standby()
+    few = _FewDescriptors(stand_in)
+    stand_in._listener, real = few, stand_in._listener  # type: ignore[assignment]
+    with ExitStack() as stack:
+        for _ in range(2 * standby._SPARE):
+            stack.enter_context(hanging.connect()).sendall(request("rp_list"))
+        connection = stack.enter_context(hanging.connect())
+        connection.settimeout(30)
+        connection.sendall(request("status"))
+        assert b"accepted" in connection.recv(1 << 16)
+        stand_in._listener = real
+    assert few.times
+
+
+def test_a_limit_below_what_is_open_does_not_end_the_stand_in(hanging: Running) -> None:
+    """Lowered from outside below what is open already, it is raised again as far as it goes."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with hanging.connect() as held, hanging.connect() as connection:
+        held.sendall(request("rp_list"))
+        assert b"waiting" in held.recv(1 << 16)
+        connection.settimeout(30)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+            connection.sendall(request("status"))
+            assert b"accepted" in connection.recv(1 << 16)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_the_rest_is_told_in_time_and_not_done(

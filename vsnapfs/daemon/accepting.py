@@ -34,7 +34,8 @@ _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class Reserve:
     """Descriptors that stand for nothing, and can be given up. None before it is filled."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = RESERVE) -> None:
+        self._size = size
         self._spare: list[int] = []
         self._most = 0
         self._lent = 0
@@ -42,7 +43,7 @@ class Reserve:
     def fill(self) -> None:
         """Take back what was given up, as far as there is any."""
         with contextlib.suppress(OSError):
-            while len(self._spare) < RESERVE and not self._lent:
+            while len(self._spare) < self._size and not self._lent:
                 self._spare.append(os.eventfd(0, os.EFD_CLOEXEC))
                 self._most = max(self._most, len(self._spare))
 

@@ -7,7 +7,8 @@ kernel, and with it everything it serves. A thread of its own then takes the new
 Promises: `status` is answered from memory, and says that the host hangs; everything else is told
 so before the client's patience ends, and that nothing was done, unless the loop moves again: then
 the client is let go and asks anew. As long as the loop shows life, this thread takes nothing.
-Bounded: at most MAX_CONNECTIONS at a time, none of which can hold up another.
+Bounded: at most MAX_CONNECTIONS at a time, none of which can hold up another. Without a free
+descriptor a newcomer gets one of a few kept for that, then that of whoever has waited longest.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from typing import Any
 
 import trio
 
+from vsnapfs.daemon.accepting import Reserve
 from vsnapfs.daemon.clients import may_ask
+from vsnapfs.daemon.process import raise_file_limit
 from vsnapfs.errors import VsnapError
 
 STUCK_SECONDS = 3.0  # without a sign of life from the loop it counts as hanging
 PATIENCE_SECONDS = 20.0  # so long a request waits for it to move again; less than clients wait
 MAX_CONNECTIONS = 64
 SHORTAGE_SECONDS = 0.1  # between two attempts without a descriptor for a newcomer
+_SPARE = 4  # descriptors for newcomers, when there are no others
 _MAX_REQUEST = 64 * 1024
 _WHAT = "the host, in which the server's own thread hangs"
 
@@ -55,6 +59,8 @@ class Standby:
     def __init__(self, listener: socket.socket, status: Callable[[], dict[str, Any]]) -> None:
         self._listener = listener.dup()  # not blocking, like the original
         self._status = status
+        self._spare = Reserve(_SPARE)  # of its own: the loop's is the loop's
+        self._spare.fill()
         self._stopping = threading.Event()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="standby", daemon=True)
@@ -74,6 +80,7 @@ class Standby:
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         self._listener.close()
+        self._spare.close()
         os.close(self._wake)
 
     def _run(self) -> None:
@@ -81,7 +88,7 @@ class Standby:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         while not self._stopping.is_set():
-            poll.poll()
+            self._look(poll)
             # Somebody knocks. If the loop lives, it opens.
             self._alive = alive = threading.Event()
             self._since = time.monotonic()
@@ -110,7 +117,7 @@ class Standby:
         poll.register(self._listener, select.POLLIN)
         for number, caller in self._callers.items():
             poll.register(number, 0 if caller.has_asked else select.POLLIN)
-        for number, _ in poll.poll(250):
+        for number in self._look(poll, 250):
             if number == self._listener.fileno():
                 self._accept()
             else:
@@ -121,6 +128,15 @@ class Standby:
                 caller.send({"error": self._hangs().to_json(), "begun": False})
                 self._let_go(number)
 
+    def _look(self, poll: select.poll, milliseconds: int | None = None) -> list[int]:
+        """The descriptors at which there is something. poll(2) refuses more than may be open."""
+        try:
+            return [number for number, _ in poll.poll(milliseconds)]
+        except OSError:
+            raise_file_limit()
+            self._alive.wait(SHORTAGE_SECONDS)
+            return []
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
@@ -128,6 +144,9 @@ class Standby:
             return  # the loop was faster
         except OSError:
             # No descriptor is left for it, and it goes on knocking.
+            raise_file_limit()
+            if not self._spare.give_up_one() and self._callers:
+                self._let_go(next(iter(self._callers)))
             self._alive.wait(SHORTAGE_SECONDS)
             return
         connection.setblocking(False)
@@ -186,6 +205,7 @@ class Standby:
 
     def _let_go(self, number: int) -> None:
         self._callers.pop(number).connection.close()
+        self._spare.fill()
 
 
 def _operation(line: bytes) -> object:

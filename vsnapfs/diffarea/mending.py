@@ -104,8 +104,8 @@ class MendableStore(AreaStore):
         """Reserve what a truncated file has lost, up to `allocated`. FaultError 10, 14."""
         self.check_present()
         self._refuse_if_old()
-        size = self.backing.size()
         try:
+            size = self.backing.size()
             self.backing.allocate(size, max(0, self.superblock.allocated - size))
             self._sync()
         except OSError as error:

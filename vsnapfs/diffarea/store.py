@@ -68,6 +68,12 @@ def _faults_only(method: Callable[_P, None]) -> Callable[_P, None]:
     return careful
 
 
+def _cannot_look(error: OSError) -> FaultError:
+    """Even fstat(2) of an open file fails: XFS that has shut down, a network file system."""
+    text = f"the diff area's host does not answer: {error}"
+    return FaultError(FaultCode.IO_FAILURE, text, errno=error.errno or errno.EIO)
+
+
 class AreaStore:
     """The durable half of a `DiffArea`."""
 
@@ -183,13 +189,15 @@ class AreaStore:
         return frozenset(self._generations)
 
     def check_present(self) -> None:
-        """FaultError 14 if the path no longer leads to this area."""
+        """FaultError 14 if the path no longer leads to this area, 13 if the host does not tell."""
         try:
             self.backing.check_present()
         except Removed as error:
             raise FaultError(
                 FaultCode.DIFF_AREA_REMOVED, str(error.strerror), errno=error.errno or errno.ENOENT
             ) from error
+        except OSError as error:
+            raise _cannot_look(error) from error
 
     def _refuse_if_old(self) -> None:
         # A commit would give it a generation that looks new at the next opening.
@@ -229,9 +237,12 @@ class AreaStore:
 
     def require_whole(self) -> None:
         """FaultError 3 if the file is shorter than allocated: what is written there would make
-        it look whole, with holes where copies were.
+        it look whole, with holes where copies were. 13 if the host does not tell.
         """
-        size = self.backing.size()
+        try:
+            size = self.backing.size()
+        except OSError as error:
+            raise _cannot_look(error) from error
         if size < self.superblock.allocated:
             raise FaultError(
                 FaultCode.META_DATA_CORRUPTION,

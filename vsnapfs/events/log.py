@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,10 @@ class EventLog:
 
     def _close_file(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            # A network or FUSE file system may refuse; the descriptor is gone all the same.
+            with suppress(OSError):
+                os.close(fd)
 
     def _warn(self, trouble: OSError | None) -> None:
         """Say once that the log cannot be written. Without the lock, see `log`."""

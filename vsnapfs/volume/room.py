@@ -21,7 +21,7 @@ import trio
 
 from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
-from ..errors import FaultCode, FaultError, VsnapError
+from ..errors import FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
 from .core import Core, in_thread, leave_in_thread
 from .policy import Policy
@@ -244,6 +244,8 @@ class Room:
                     errno=errno.ENOMEM,
                 ),
             )
+        except Exception as error:  # noqa: BLE001 - it must not end the server
+            self._growth_failed(growth, unexpected(error, None))
         finally:
             self._growth = None
             self._last_seconds = growth.seconds
