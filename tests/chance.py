@@ -8,7 +8,7 @@ kept as a fixed example that every run replays: `@example` above the test, or fo
 few lines in tests/t1_model/test_kept_finds.py.
 
 What no seed decides: threads, processes and the instants of real mounts; and bytes that are only
-content, which may come from os.urandom. The long runs (scripts/kill-loop, fuzz-files,
+content, which may come from os.urandom. The long runs (scripts/search, kill-loop, fuzz-files,
 crash-explore) take another seed each time, and print it.
 """
 

@@ -126,6 +126,8 @@ class Rig:
         self.log = MemoryLog()
         self.volume: Volume | None = None
         self.threads = False
+        #: Makes the clock of each run, if time is to be simulated.
+        self.clock: Callable[[], trio.abc.Clock] | None = None
         self.seed = seed
         host = self.host
         host.create("replica", size)
@@ -180,7 +182,7 @@ class Rig:
         )
         try:
             with replaced:
-                return trio.run(main)
+                return trio.run(main, clock=self.clock() if self.clock else None)
         except BaseException as error:
             if self.host.dead:
                 raise PowerLoss from None

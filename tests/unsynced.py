@@ -72,6 +72,22 @@ class Sector:
             found = Sector(found, one.start, one.part, one.newest, is_kept=is_kept)
         return found
 
+    def issued_again(self) -> Sector:
+        """The same after its writes have been issued a second time, in their order.
+
+        Not those that were made durable by themselves, nor what is older: nobody has them any more.
+        """
+        again: dict[tuple[int, bytes], None] = {}
+        for entry in self.entries():
+            if entry.before is None or entry.is_kept:
+                break
+            again.setdefault((entry.start, entry.part))
+        found = self
+        for start, part in reversed(again):
+            found = found.overwritten(start, part)
+        assert found.newest == self.newest
+        return found
+
     def entries(self) -> Iterator[Sector]:
         """Its writes, the newest first, and at last what was synced."""
         entry: Sector | None = self

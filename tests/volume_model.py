@@ -39,6 +39,12 @@ class Model:
             if number in self.unsynced:
                 self.unsynced[number] = self.unsynced[number].kept(start, part)
 
+    def issued_again(self) -> None:
+        """The process was killed: the next opening carries out once more what may have been
+        carried out before. A power failure then may leave an older write over a newer one.
+        """
+        self.unsynced = {n: sector.issued_again() for n, sector in self.unsynced.items()}
+
     def synced(self) -> None:
         self.unsynced = {}
 

@@ -240,7 +240,7 @@ def test_choices_are_the_same_in_every_run_unless_a_search_is_asked_for(inner: I
 
 
 #: Programs of their own that say which seed they have taken.
-SEARCHES = {"fuzzing.py", "kill_loop.py", "processes.py"}
+SEARCHES = {"fuzzing.py", "kill_loop.py", "processes.py", "searching.py"}
 SHARED_DICE = {
     "random", "randrange", "randint", "choice", "choices", "shuffle", "sample", "uniform",
     "randbytes", "getrandbits", "SystemRandom",

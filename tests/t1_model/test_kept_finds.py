@@ -80,6 +80,16 @@ def a_shrink_after_a_failed_barrier(state: Any) -> None:
     state.resize(slots=0)
 
 
+def carried_out_twice(state: Any) -> None:
+    """Two writes, carried out by two processes: the first may be found over the second, which the
+    model did not know. (What nobody has flushed may be there in any order.)
+    """
+    state.make(device=False, extra=9, seed=1 << 20, size=50152, stall=0, tight=30)
+    state.damaged_after_a_kill(after=2, number=1 << 20, places=[571])
+    state.damaged_after_a_kill(after=11, number=52, places=[10549, 9076, 2785])
+    state.power_failure(how="dice", seed=450)
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
@@ -89,6 +99,7 @@ FINDS = [
     (a_commit_that_only_the_cache_held, EvictingBufferedMachine),
     (a_descriptor_that_cannot_be_read, VolumeMachine),
     (a_shrink_after_a_failed_barrier, VolumeMachine),
+    (carried_out_twice, BufferedMachine),
 ]
 
 

@@ -428,7 +428,12 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @rule()
     def killed(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
         self.rig.killed()
+        if self.buffer:
+            self.model.issued_again()
 
     @rule(how=st.sampled_from(["lost", "kept", "dice"]), seed=st.integers(0, 1 << 30))
     def power_failure(self, how: str, seed: int) -> None:
@@ -462,7 +467,7 @@ class VolumeMachine(RuleBasedStateMachine):
             if not self.model.offline:
                 self.model.synced()
         else:
-            self.rig.killed()
+            self.kill()
         self.damaged(number)
 
     @precondition(lambda self: self.planned is None and len(self.model.points) < MAX_POINTS_HERE)
@@ -485,7 +490,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
         with contextlib.suppress(PowerLoss):
             self.rig.run(write_and_die)
-        self.rig.killed()
+        self.kill()
         self.damaged(number)
 
     def some(self, at: int) -> tuple[int, bytes]:
@@ -519,7 +524,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
         by_damage = rig.run(look)
         assert (raw_replica(rig), {k: bytes(v) for k, v in rig.host.memory.items()}) == before
-        rig.killed()
+        self.kill()
         undo()
 
         async def back(volume: Volume) -> None:
@@ -549,7 +554,7 @@ class VolumeMachine(RuleBasedStateMachine):
         with contextlib.suppress(PowerLoss):
             self.rig.run(work, *args)
         if how in ("kill", "damaged"):
-            self.rig.killed()
+            self.kill()
             if how == "damaged":
                 self.damaged(seed)
             found = self.rig.run(self.seen)

@@ -54,6 +54,16 @@ def test_of_two_equal_writes_the_older_one_is_durable_as_well() -> None:
     assert b"obd" not in sector
 
 
+def test_what_is_issued_again_may_lie_over_what_came_later() -> None:
+    """An older write over a newer one, but never over one that was made durable by itself."""
+    once = Sector.exactly(b"old").overwritten(0, b"aa").overwritten(1, b"bb")
+    assert b"aab" not in once
+    assert b"aab" in once.issued_again()
+    assert b"old" in once.issued_again()
+    assert b"bab" not in once.issued_again()
+    assert b"aab" not in once.kept(1, b"bb").issued_again()
+
+
 def entries(model: Model) -> int:
     return sum(1 for sector in model.unsynced.values() for _ in sector.entries())
 

@@ -17,7 +17,7 @@ Promises:
     our replica         the ring                                   carried out
     our replica         gone from that tmpfs, or rotted            lost: 1043
     our replica         taken over with a later superblock         lost: 1043
-    our replica         it knows a barrier that the area lacks     offline by fault 15, it stays
+    our replica         told of more than the area shows           offline by fault 15, it stays
     our replica         another user's, locked, no descriptor, …   closed
     our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
@@ -75,7 +75,7 @@ def adopt(
             if known is None:
                 return ring
             if ring.taken <= known:
-                _compare_barriers(core.need_area(), ring)
+                _refuse_old(core.need_area(), ring)
                 return ring
             # A copy of all files, put back: what it held then has been carried out elsewhere, and
             # what it holds now came later. It stays, for who knows of it.
@@ -110,21 +110,26 @@ def adopt(
     )
 
 
-def _compare_barriers(area: DiffArea, ring: Ring) -> None:
-    """FaultError 15, and the ring is let go, if the area lacks a barrier that has been made.
+def _refuse_old(area: DiffArea, ring: Ring) -> None:
+    """FaultError 15, and the ring is let go, if the area is behind what the ring was told of it.
 
-    Preserving changes no generation: only this tells a copy that was made while it was served.
+    A copy that was made while it was served looks like the right one in all other ways: preserving
+    changes no generation, and the state file is not told of each.
     """
+    generation, barrier = ring.area
+    if area.superblock.generation < generation:
+        behind = f"generation {area.superblock.generation}, {generation}"
     # Of an area that is damaged the newest sectors may be gone; nothing is preserved in it anyway.
-    if ring.barrier <= area.barrier_number or not area.is_sound:
+    elif area.barrier_number < barrier and area.is_sound:
+        behind = f"barrier {area.barrier_number}, {barrier}"
+    else:
         return
     area.is_old = True
-    text = (
-        f"the diff area ends with barrier {area.barrier_number}, {ring.barrier} was made before: "
-        "an old copy of it has been put back"
-    )
     ring.close()
-    raise FaultError(FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA, text)
+    raise FaultError(
+        FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
+        f"the diff area ends with {behind} was written before: an old copy of it has been put back",
+    )
 
 
 def _refuse_elsewhere(name: RingName, here: FileId) -> None:

@@ -67,6 +67,7 @@ class WriteBuffer:
         size: int = DEFAULT_WRITE_BUFFER,
     ) -> None:
         self._core = core
+        core.note_area = self.note_area
         self._protection = protection
         self._store = store
         self._size = size
@@ -74,6 +75,8 @@ class WriteBuffer:
         self.ring: Ring | None = None
         #: The ring must not be added to, only carried out: its file is gone, or it is a copy.
         self._retired = False
+        #: Whether it is ours for good: until then it must stay as the one before has left it.
+        self._is_taken = False
         #: Whether what cannot be used may be given up, and whether an opening has decided on it.
         self._may_give_up = self._decided = False
         self.reason = "" if store is not None and size else "it is switched off"
@@ -112,7 +115,7 @@ class WriteBuffer:
     @property
     def barrier(self) -> int:
         """The newest barrier that the ring knows of, 0 without a ring."""
-        return self.ring.barrier if self.ring is not None else 0
+        return self.ring.area[1] if self.ring is not None else 0
 
     @property
     def is_open(self) -> bool:
@@ -161,7 +164,7 @@ class WriteBuffer:
             if self._ended:  # Closed meanwhile: nobody would let go of it for the next opening.
                 ring.close()
                 return
-            self.ring, self._retired = ring, False
+            self.ring, self._retired, self._is_taken = ring, False, True
             if old is not None:
                 await in_thread(store.remove, old)
                 old.close()
@@ -225,17 +228,19 @@ class WriteBuffer:
             self.close()
             raise
 
-    def note_barrier(self, number: int) -> None:
-        """A barrier of the diff area is durable, and nothing is overwritten yet that relies on it:
-        a copy of the area from before it looks old from now on, if this process is killed.
+    def note_area(self) -> None:
+        """A barrier or commit of the diff area is durable, and nothing relies on it yet: a copy of
+        the area from before it looks old from now on, if this process is killed.
         """
-        if self.ring is not None and not self._core.dry_run:
-            self.ring.note_barrier(number)
+        if self.ring is not None and self._is_taken and not self._core.dry_run:
+            area = self._core.need_area()
+            self.ring.note_area(area.superblock.generation, area.barrier_number)
 
     def is_taken(self) -> None:
         """The superblock that names it again is durable: with an older one it does not count."""
         if self.ring is not None and not self._core.dry_run:
             self.ring.take(self._core.need_area().superblock.generation)
+            self._is_taken = True
 
     def _take_over(self, ring: Ring) -> None:
         for record in ring.records():

@@ -238,6 +238,8 @@ class Core:
     note_generation: Callable[[], None] = lambda: None
     #: It has been written there since the opening.
     is_noted: bool = False
+    #: Tells the ring how far the diff area has come (`WriteBuffer.note_area`). No I/O.
+    note_area: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         #: The one way to sync the replica.
@@ -336,6 +338,7 @@ class Core:
 
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)
+        self.note_area()
 
     async def mark_in_use(self) -> None:
         """Before the first change after a clean opening: a crash from here on is an unclean stop.

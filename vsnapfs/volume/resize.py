@@ -130,6 +130,7 @@ class Resize:
                     self._room.begin_cut()
                     await in_thread(area.cut, target, total)
                     area.slots.limit = None
+                    core.note_area()
             if scope.cancelled_caught:
                 raise self._gave_up()
         except trio.TooSlowError:

@@ -16,7 +16,8 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
            replica, device of the tmpfs
     256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
     320    the same, generation of the superblock that named it when it was last taken over
-    384    the same, number of the newest barrier in the diff area (0: none since it was made)
+    384    xxh3-64 of the rest, newest generation and newest barrier of the diff area (zeros: not
+           told yet)
     512    cursor, first copy      the oldest record not released: its sequence number and position
     1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
@@ -46,7 +47,8 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
-_NUMBER, _BORN_AT, _TAKEN_AT, _BARRIER_AT = struct.Struct("<QQ"), 256, 320, 384
+_NUMBER, _BORN_AT, _TAKEN_AT = struct.Struct("<QQ"), 256, 320
+_AREA, _AREA_AT = struct.Struct("<QQQ"), 384
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -182,15 +184,18 @@ class Ring:
         return self._number(_TAKEN_AT)
 
     @property
-    def barrier(self) -> int:
-        """What `note_barrier` was last told, 0: nothing."""
-        return self._number(_BARRIER_AT)
+    def area(self) -> tuple[int, int]:
+        """(generation, barrier) that `note_area` was last told, zeros: nothing."""
+        check, *numbers = _AREA.unpack_from(self.memory, _AREA_AT)
+        generation, barrier = numbers
+        return (generation, barrier) if check == _hash(_AREA.pack(0, *numbers)[8:]) else (0, 0)
 
-    def note_barrier(self, number: int) -> None:
-        """The diff area holds this barrier: one that does not is an old copy of it."""
+    def note_area(self, generation: int, barrier: int) -> None:
+        """The diff area has come so far: one that is behind is an old copy of it."""
         if not self.is_copy:  # One that takes its place is named by a newer superblock anyway.
             self._note_taking()
-            self._put_number(_BARRIER_AT, number)
+            body = _AREA.pack(0, generation, barrier)[8:]
+            self._put(_AREA_AT, _hash(body).to_bytes(8, "little") + body)
 
     def take(self, generation: int) -> None:
         """Before its next change: it is not what an older superblock left it as any more."""

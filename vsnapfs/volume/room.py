@@ -314,6 +314,7 @@ class Room:
             async with core.area_lock:
                 await in_thread(area.commit_growth, target)
                 area.slots.resize(target)
+                core.note_area()
             return
 
     async def _prepare(self, area: DiffArea, target: int) -> None:

@@ -320,7 +320,7 @@ class Writer:
             area.unknown_slots += tuple(batch.slots)
             batch.error = unexpected(error, batch.blocks[0])
         else:
-            self._buffer.note_barrier(area.barrier_number)
+            core.note_area()
             try:
                 self._record(area, batch, preserved)
             except Exception as error:  # noqa: BLE001 - a reader must never miss a copy
