@@ -609,7 +609,7 @@ class SimBacking:
         if not any(file is self.file for file in self.host.files.values()):
             raise Removed(errno.EIO, f"{self.path} has been deleted")
 
-    def identity(self) -> Identity:
+    def identity(self, *, durable: bool = True) -> Identity:
         self.host.step(self, "identity")
         file = self.file
         return Identity(self.host.device, file.inode, file.cache.size, file.ctime)

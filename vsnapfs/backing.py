@@ -148,8 +148,8 @@ class Backing(Protocol):
         """Raise `Removed` if the open file has no name any more, so that it ends with us."""
         ...
 
-    def identity(self) -> Identity:
-        """The file as it is now. See `Identity`."""
+    def identity(self, *, durable: bool = True) -> Identity:
+        """The file as it is now. See `Identity`. durable: as a power loss would leave it, too."""
         ...
 
     def file_id(self) -> FileId:
@@ -448,9 +448,9 @@ class FileBacking:
             text = f"{self.path} has been deleted: what it holds ends with this process ({saved})"
             raise Removed(errno.EIO, text)
 
-    def identity(self) -> Identity:
+    def identity(self, *, durable: bool = True) -> Identity:
         """See `Backing.identity`. A device has no ctime of its content: 0."""
-        if not self.is_device and self._access != os.O_RDONLY:
+        if durable and not self.is_device and self._access != os.O_RDONLY:
             # fdatasync leaves the ctime behind: after a power loss it would seem to have changed.
             # Who only reads has nothing to sync, and a host that has failed refuses even that.
             os.fsync(self._fd)

@@ -40,7 +40,9 @@ from vsnapfs.diffarea.layout import (
 from vsnapfs.errors import FaultCode, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.buffer import WriteBuffer
+from vsnapfs.volume.core import Core
 from vsnapfs.volume.create import create_volume
+from vsnapfs.volume.opening import check_replica
 from vsnapfs.volume.statefile import COPY_SIZE, STATE_SIZE
 
 SEED = chance.seed(3)
@@ -428,3 +430,44 @@ def test_an_opening_that_is_refused_leaves_no_empty_state_file(tmp_path: Path, w
 
     trio.run(open_it)
     assert {path.name for path in volume.iterdir()} - {"events.jsonl"} == before - {"events.jsonl"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "fstat"])
+def test_an_opening_only_looks_at_the_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A replica that cannot be synced opens, for a flush to tell of it; one that the host says
+    nothing of is refused with words.
+    """
+    volume = tmp_path / "vol"
+    create_volume(volume, size=1 << 20, diff_area_size=8 << 20)
+    real, inode = getattr(os, call), os.stat(volume / "replica.img").st_ino
+    armed = False
+
+    def fails(fd: int) -> Any:
+        if armed and os.stat(f"/proc/self/fd/{fd}").st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd)
+
+    def judge(core: Core, accept: bool) -> str | None:
+        nonlocal armed
+        armed = True
+        try:
+            return check_replica(core, accept)
+        finally:
+            armed = False
+
+    monkeypatch.setattr(os, call, fails)
+    monkeypatch.setattr("vsnapfs.volume.volume.check_replica", judge)
+
+    async def open_it() -> None:
+        opened = await Volume.open(volume)
+        assert opened.status()["state"] == "online"
+        await opened.close()
+
+    if call == "fsync":
+        trio.run(open_it)
+    else:
+        with pytest.raises(VsnapError, match="cannot be looked at: Input/output error") as caught:
+            trio.run(open_it)
+        assert caught.value.errno == errno.EIO

@@ -15,7 +15,7 @@ import pytest
 
 from vsnapfs.backing import FileId, file_system_type
 from vsnapfs.diffarea.superblock import RingName
-from vsnapfs.errors import FormatError
+from vsnapfs.errors import FormatError, VsnapError
 from vsnapfs.volume.ring import RECORDS, Ring
 from vsnapfs.volume.shm import SharedMemory, Unusable
 
@@ -385,3 +385,13 @@ def test_a_lock_is_held_from_before_the_head_is_there(
     monkeypatch.setattr("vsnapfs.volume.shm.fcntl.flock", flock)
     SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA).close()
     assert seen == [0]
+
+
+def test_without_the_machine_s_boot_id_it_is_said_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc shows only processes, a volume is refused for that, not as if it were missing."""
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", tmp_path / "boot_id")
+    with pytest.raises(VsnapError, match="boot_id: No such file or directory") as caught:
+        SharedMemory((tmp_path,))
+    assert "/proc" in caught.value.hint

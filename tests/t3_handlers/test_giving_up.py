@@ -856,3 +856,21 @@ def test_a_mount_waits_for_a_server_that_is_closing(
     tries.clear()
     with pytest.raises(VsnapError, match="served by process 4321"):
         trio.run(lifecycle.open_volume, plan)
+
+
+@pytest.mark.expects_log
+def test_without_another_thread_it_serves_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no thread can be had for the stand-in, clients are answered, and the log says so."""
+    start = threading.Thread.start
+
+    def refuses(thread: threading.Thread) -> None:
+        if thread.name == "standby":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    with running(tmp_path) as server:
+        assert result(server, "status")
+    assert "nobody will stand in" in caplog.text

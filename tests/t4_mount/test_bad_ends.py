@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -312,3 +312,28 @@ def test_libfuse_s_own_words_are_kept(tmp_path: Path) -> None:
     assert caught.value.code == "mount-failed"
     session.terminate()
     session.close()
+
+
+def test_a_mount_that_fails_at_the_very_end_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If anything fails once the kernel has mounted it, nothing stays mounted."""
+
+    class Nothing(VolumeOperations):
+        def __init__(self) -> None:
+            pass
+
+    @contextmanager
+    def no_memory(_lines: list[str]) -> Iterator[None]:
+        yield
+        assert mounts.top_mount(tmp_path) is not None
+        raise MemoryError
+
+    monkeypatch.setattr("vsnapfs.fuse.session._stderr_into", no_memory)
+    session = Session(Nothing(), tmp_path, {"default_permissions"})
+    try:
+        with pytest.raises(VsnapError):
+            session.mount()
+        assert mounts.top_mount(tmp_path) is None
+    finally:
+        session.close()

@@ -14,6 +14,7 @@ descriptor a newcomer gets one of a few kept for that, then that of whoever has 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import socket
@@ -29,6 +30,8 @@ from vsnapfs.daemon.accepting import Reserve
 from vsnapfs.daemon.clients import may_ask
 from vsnapfs.daemon.process import raise_file_limit
 from vsnapfs.errors import VsnapError
+
+_logger = logging.getLogger("vsnapfs.daemon")
 
 STUCK_SECONDS = 3.0  # without a sign of life from the loop it counts as hanging
 PATIENCE_SECONDS = 20.0  # so long a request waits for it to move again; less than clients wait
@@ -71,14 +74,18 @@ class Standby:
     def start(self, token: trio.lowlevel.TrioToken) -> None:
         """Watch the loop of this token from now on."""
         self._token = token
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # As many as may be (pids.max, RLIMIT_NPROC).
+            _logger.warning("nobody will stand in while the host hangs: %s", error)
 
     def stop(self) -> None:
         """End. In the trio thread, which does not hang then."""
         self._stopping.set()
         self._alive.set()
         os.eventfd_write(self._wake, 1)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._listener.close()
         self._spare.close()
         os.close(self._wake)

@@ -84,13 +84,15 @@ class Session:
         try:
             with _stderr_into(said):
                 pyfuse3.init(self._operations, str(self._mountpoint), self._options)
+                self._open = True
         except Exception as exc:
+            # Memory or the like can run out after it was mounted: nobody would answer there.
+            self.close()
             self._loop.remove()
             reason = " ".join(" ".join(said).split()) or str(exc)
             raise VsnapError(
                 f"cannot mount on {self._mountpoint}: {reason}", code="mount-failed"
             ) from exc
-        self._open = True
 
     async def run(self, device: str) -> None:
         """Answer requests until the mount is gone or `terminate` is called.

@@ -356,7 +356,17 @@ def check_replica(core: Core, accept_changed: bool) -> str | None:
     area = core.area
     if area is None or not area.superblock.clean:
         return None
-    before, now = area.superblock.replica, core.replica.identity()
+    try:
+        # Only a look: an error that somebody else's write has left there is for a flush to tell.
+        now = core.replica.identity(durable=False)
+    except OSError as error:
+        raise VsnapError(
+            f"the replica of volume {core.name} cannot be looked at: {error.strerror or error}",
+            hint="Nothing was changed. Look for a failing disk or file system (dmesg) below "
+            f"{core.replica.path}.",
+            errno=error.errno or errno.EIO,
+        ) from error
+    before = area.superblock.replica
     if before == now or not any(before):
         return None
     core.log.log(

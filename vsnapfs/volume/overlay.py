@@ -121,9 +121,10 @@ class Overlay:
     def check_linked(self) -> None:
         """Nothing is lost with it."""
 
-    def identity(self) -> Identity:
+    def identity(self, *, durable: bool = True) -> Identity:
         """See `Backing.identity`."""
-        return self._below.identity() if self._below is not None else Identity(0, 0, 0, 0)
+        below = self._below
+        return below.identity(durable=durable) if below is not None else Identity(0, 0, 0, 0)
 
     def file_id(self) -> FileId:
         """See `Backing.file_id`."""

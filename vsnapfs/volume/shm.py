@@ -28,12 +28,13 @@ from typing import Protocol
 from ..backing import FileId, fallocate, file_system_type
 from ..config import LEAST_WRITE_BUFFER
 from ..diffarea.superblock import RingName
-from ..errors import FormatError
+from ..errors import FormatError, VsnapError
 from .ring import Memory, Ring, head_of, read_head
 
 ID_SIZE = 16
 #: Where memory outlives a process but not the machine. The first that can be used is.
 DIRECTORIES = (Path("/dev/shm"), Path("/run"))  # noqa: S108 - O_EXCL, 0600, no link followed
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IN_MEMORY = ("tmpfs", "ramfs")
 #: No more than this is copied of a ring that belongs to somebody else.
 _MOST_COPIED = 4 << 30
@@ -93,8 +94,17 @@ def discard(volume_id: bytes) -> None:
 
 
 def boot_id() -> bytes:
-    """What the kernel calls this life of the machine (/proc/sys/kernel/random/boot_id)."""
-    text = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """What the kernel calls this life of the machine. VsnapError where it cannot be asked."""
+    try:
+        text = _BOOT_ID.read_text().strip()
+    except OSError as error:
+        raise VsnapError(
+            f"whether the machine has been restarted since cannot be told: {_BOOT_ID}: "
+            f"{error.strerror or error}",
+            hint="Nothing was changed. A service or container that sees only part of /proc "
+            "(ProcSubset=pid) must be given all of it.",
+            errno=error.errno or errno.EIO,
+        ) from error
     return bytes.fromhex(text.replace("-", ""))
 
 
