@@ -130,6 +130,8 @@ class Account:
         #: Creations and deletions without an answer, and those that failed.
         self.creating: list[Point] = []
         self.deleting: set[int] = set()
+        #: Deleted in this life.
+        self.deleted: set[int] = set()
         self.restoring: Restoring | None = None
         #: A sync has failed (or the files are a backup): what a power failure may leave may show
         #: now. Nothing that was answered before is made durable by what comes now.
@@ -307,4 +309,4 @@ class Account:
 
     def forget_requests(self) -> None:
         """A new life: nothing is under way."""
-        self.creating, self.deleting, self._onlines = [], set(), 0
+        self.creating, self.deleting, self.deleted, self._onlines = [], set(), set(), 0

@@ -269,7 +269,8 @@ class Clients:
         self.say("created", number)
         account.creating.remove(point)
         assert number not in account.points, f"number {number} is used twice"
-        account.points[number] = point
+        if number not in account.deleted:  # It is listed, and can be, before this is answered.
+            account.points[number] = point
         account.flushed(asked)  # The replica, which it falls through to, was synced.
 
     async def delete(self, volume: Volume, number: int) -> None:
@@ -278,6 +279,7 @@ class Clients:
         error = await self._asked(volume.delete_point(number, force=self.dice.random() < 0.7))
         if error is None:
             self.account.points.pop(number, None)
+            self.account.deleted.add(number)
         if error is None or isinstance(error, BusyError):
             self.account.deleting.discard(number)  # Another failure may have happened half.
 
