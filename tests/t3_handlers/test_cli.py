@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -298,6 +299,35 @@ def test_what_is_no_volume_is_told_apart(
     monkeypatch.setattr(config, "load", locked)
     refused(run("offline", tmp_path / "dir"), "Permission denied", "Try as root")
     assert backend.calls == []
+
+
+INTERRUPTED_WHILE_IT_BEGINS = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "vsnapfs.cli.app":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+sys.meta_path.insert(0, Finder())
+from vsnapfs.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_a_command_begins_says_nothing(ignored: bool) -> None:
+    """It ends as a C program does (130 in a shell), without a traceback of imports; where it is
+    ignored, as in a shell's background, the command goes on.
+    """
+    code = INTERRUPTED_WHILE_IT_BEGINS
+    if ignored:
+        ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nclass Finder"
+        code = code.replace("class Finder", ignore).replace("time.sleep(20)", "")
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == (0 if ignored else -signal.SIGINT)
+    assert result.stderr == ""
 
 
 # --- completion ----------------------------------------------------------------------------------
