@@ -8,6 +8,7 @@ engine: an `Account` can be copied, and put back together with a copy of the fil
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -129,7 +130,7 @@ class Account:
         self.points: dict[int, Point] = {}
         #: Creations and deletions without an answer, and those that failed.
         self.creating: list[Point] = []
-        self.deleting: set[int] = set()
+        self.deleting: Counter[int] = Counter()
         #: Deleted in this life.
         self.deleted: set[int] = set()
         self.restoring: Restoring | None = None
@@ -309,4 +310,5 @@ class Account:
 
     def forget_requests(self) -> None:
         """A new life: nothing is under way."""
-        self.creating, self.deleting, self.deleted, self._onlines = [], set(), set(), 0
+        self.creating, self.deleted, self._onlines = [], set(), 0
+        self.deleting.clear()

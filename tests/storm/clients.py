@@ -274,14 +274,14 @@ class Clients:
         account.flushed(asked)  # The replica, which it falls through to, was synced.
 
     async def delete(self, volume: Volume, number: int) -> None:
-        self.account.deleting.add(number)
+        self.account.deleting[number] += 1
         self.say("delete", number)
         error = await self._asked(volume.delete_point(number, force=self.dice.random() < 0.7))
         if error is None:
             self.account.points.pop(number, None)
             self.account.deleted.add(number)
         if error is None or isinstance(error, BusyError):
-            self.account.deleting.discard(number)  # Another failure may have happened half.
+            self.account.deleting[number] -= 1  # Another failure may have happened half.
 
     async def _restore(self, volume: Volume, number: int) -> None:
         account = self.account

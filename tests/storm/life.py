@@ -317,7 +317,7 @@ class Storm:
     async def _look_at_points(self, volume: Volume, seen: dict[int, bytes] | None) -> None:
         account = self.account
         live = [point.number for point in volume.points]
-        gone = account.deleting | {
+        gone = set(+account.deleting) | {
             number
             for _, event, params in self.rig.log.events
             if event in _LOST

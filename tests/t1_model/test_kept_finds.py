@@ -90,6 +90,15 @@ def carried_out_twice(state: Any) -> None:
     state.power_failure(how="dice", seed=450)
 
 
+def a_device_that_grows_after_a_failed_barrier(state: Any) -> None:
+    """Nobody took the barrier back first: the growth's own sync was refused, for ever."""
+    state.make(size=50152, extra=1, tight=None, device=True, stall=0, seed=0)
+    state.create()
+    state.resize_to_what_is_used()
+    state.write_while_the_area_fails(at=0, length=1, nth=1, operation="sync", times=FOREVER)
+    state.resize(slots=1)
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
@@ -99,6 +108,7 @@ FINDS = [
     (a_commit_that_only_the_cache_held, EvictingBufferedMachine),
     (a_descriptor_that_cannot_be_read, VolumeMachine),
     (a_shrink_after_a_failed_barrier, VolumeMachine),
+    (a_device_that_grows_after_a_failed_barrier, VolumeMachine),
     (carried_out_twice, BufferedMachine),
 ]
 
