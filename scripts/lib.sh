@@ -96,14 +96,22 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), 
 }
 
 missing_anything() {
-  "$tools"
+  missing_tools
   missing_build_tools
+}
+
+# list_missing FUNCTION: sets the caller's $missing to what FUNCTION prints, a line each.
+list_missing() {
+  local printed
+  printed=$("$1") || die "what is missing could not be found out ($1)"
+  missing=()
+  [[ -z $printed ]] || mapfile -t missing <<<"$printed"
 }
 
 # need_packages FUNCTION: installs what FUNCTION prints, and looks again.
 need_packages() {
   local missing
-  mapfile -t missing < <("$1")
+  list_missing "$1"
   ((${#missing[@]})) || return 0
   local command="apt-get install --no-install-recommends ${missing[*]}"
   if ! command -v apt-get >/dev/null; then
@@ -115,14 +123,14 @@ need_packages() {
     "sudo $command"
   say "installing Debian packages (may take a minute): ${missing[*]}"
   apt_install "${missing[@]}" || die "apt-get could not install: ${missing[*]} (its reason is above)"
-  mapfile -t missing < <("$1")
+  list_missing "$1"
   ((${#missing[@]} == 0)) || die "still missing after installing them: ${missing[*]}"
 }
 
 # want_packages FUNCTION: like need_packages, but what cannot be had is said and left out.
 want_packages() {
   local missing package
-  mapfile -t missing < <("$1")
+  list_missing "$1"
   ((${#missing[@]})) || return 0
   if ! command -v apt-get >/dev/null || ! can_be_root; then
     say "going on without what these Debian packages hold: ${missing[*]}" && return 0
