@@ -210,6 +210,8 @@ class Host:
         #: The generation of all inodes: a file system gives a number once more.
         self.born = 0
         self.boot = 1
+        #: What openings take for the boot id if something lies over the kernel's.
+        self.masked_boot = 0
         #: Whether reads that must not wait find what they want.
         self.cached = False
         self._inodes = 0
@@ -410,9 +412,12 @@ class SimStore:
     def __init__(self, host: Host, room: int = 1 << 30) -> None:
         self.host = host
         self.room = room
-        self.boot = host.boot.to_bytes(16, "big")
+        self.masked = host.masked_boot != 0
+        self.boot = (host.masked_boot or host.boot).to_bytes(16, "big")
 
     def make(self, size: int, volume_id: bytes, replica: FileId) -> Ring:
+        if self.masked:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if size > self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.host._inodes += 1

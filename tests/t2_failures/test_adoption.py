@@ -206,6 +206,35 @@ def test_without_memory_for_a_ring_nothing_of_it_is_lost(where: str) -> None:
     assert ids(rig, 1043) == 0
 
 
+def test_in_a_container_with_a_boot_id_of_its_own_the_volume_stays_closed() -> None:
+    """It cannot be told from there whether the machine was down; outside nothing is lost."""
+    rig = left_by_a_kill()
+    rig.host.masked_boot = 99
+    assert "on the machine itself" in (closed(rig).hint or "")
+    rig.host.masked_boot = 0
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_in_a_container_with_a_boot_id_of_its_own_nothing_is_acknowledged_ahead() -> None:
+    """No ring is made there: an opening outside would take it for one of another life."""
+    rig = made()
+    rig.close()
+    rig.host.masked_boot = 99
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        rig.host.stop_at = rig.host.operations
+        await flush(volume)
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    assert not rig.host.memory
+    rig.host.masked_boot = 0
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
 def test_a_ring_in_another_tmpfs_keeps_the_volume_closed() -> None:
     """What is not in this one is not gone: a container's /dev/shm, seen from outside."""
     rig = left_by_a_kill()

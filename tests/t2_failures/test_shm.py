@@ -395,3 +395,18 @@ def test_without_the_machine_s_boot_id_it_is_said_why(
     with pytest.raises(VsnapError, match="boot_id: No such file or directory") as caught:
         SharedMemory((tmp_path,))
     assert "/proc" in caught.value.hint
+
+
+def test_a_boot_id_that_lies_over_the_kernel_s_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, volume_id: bytes
+) -> None:
+    """As systemd-nspawn has it: no ring is made, for nobody could tell its life of the machine."""
+    assert not SharedMemory((SHM,)).masked
+    own = tmp_path / "boot_id"
+    own.write_text("6e2f1a5c-0a1d-4f0e-9a59-0d7a2f1c3b4d\n")
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", own)
+    store = SharedMemory((SHM,))
+    assert store.masked
+    assert not store.doubt()
+    with pytest.raises(OSError, match="not the machine's own"):
+        store.make(SIZE, volume_id, REPLICA)

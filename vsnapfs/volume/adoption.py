@@ -14,6 +14,7 @@ Promises:
     superblock names    found                                      then
     ------------------  -----------------------------------------  -------------------------------
     none, another boot  -                                          nothing was promised
+    another boot        a boot id that is a container's own        closed
     our replica         the ring                                   carried out
     our replica         gone from that tmpfs, or rotted            lost: 1043
     our replica         taken over with a later superblock         lost: 1043
@@ -61,7 +62,7 @@ def adopt(
     VsnapError (code `CLOSED`) if the volume must not be opened. FaultError 15: the diff area is an
     old copy, `is_old` from now on; the ring waits for the right one. MemoryError.
     """
-    if name == NO_RING or boot != store.boot:
+    if name == NO_RING or (boot != store.boot and not store.masked):
         # In another life of the machine nothing but what was flushed was promised.
         return None
     here, ring_id = core.replica.file_id(), name.ring_id.hex()
@@ -69,6 +70,12 @@ def adopt(
         core.log.log("vsnapfs", 1049, volume=core.name, what=ring_id)
         return None
     try:
+        if boot != store.boot:
+            raise Unusable(
+                "whether the machine has been restarted since cannot be told here, in a container "
+                "with a boot id of its own",
+                "Open the volume on the machine itself.",
+            )
         _refuse_elsewhere(name, here)
         ring = store.find(name, core.volume_id, here)
         if not here.born or ring.born in (0, here.born):

@@ -53,9 +53,12 @@ class Unusable(Exception):
 
 
 class RingStore(Protocol):
-    """Where rings live. `boot` (16 bytes) tells one life of the machine from another."""
+    """Where rings live. `boot` (16 bytes) tells one life of the machine from another; if it is
+    `masked`, a container's own, it tells nothing of the kind.
+    """
 
     boot: bytes
+    masked: bool
 
     def make(self, size: int, volume_id: bytes, replica: FileId) -> Ring:
         """A new, empty ring of about `size` bytes. OSError (ENOSPC, ENOENT …): no place for it."""
@@ -108,17 +111,28 @@ def boot_id() -> bytes:
     return bytes.fromhex(text.replace("-", ""))
 
 
+def boot_is_masked() -> bool:
+    """Whether something lies over the kernel's boot id: systemd-nspawn gives each of its containers
+    one of its own, which changes while the machine stays up. OSError.
+    """
+    return os.stat(_BOOT_ID).st_size != 0  # What the kernel makes up when it is read has no size.
+
+
 class SharedMemory:
     """Rings as files on tmpfs, 0600, each with a name of its own that nobody can guess."""
 
     def __init__(self, directories: tuple[Path, ...] = DIRECTORIES) -> None:
         self.boot = boot_id()
+        self.masked = boot_is_masked()
         self._directories = directories
 
     # -- making ---------------------------------------------------------------------------------
 
     def make(self, size: int, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.make`. Where there is less room it is smaller, down to 4 MiB."""
+        if self.masked:
+            # Whoever finds it, here or outside, could not tell whether the machine was down since.
+            raise OSError(errno.EOPNOTSUPP, f"{_BOOT_ID} is not the machine's own")
         problem = OSError(errno.ENOENT, "there is no tmpfs")
         for directory in self._directories:
             if file_system_type(directory) not in _IN_MEMORY:
@@ -213,6 +227,8 @@ class SharedMemory:
 
     def doubt(self) -> str:
         """See `RingStore.doubt`: whether /dev/shm is the machine's own or a container's."""
+        if self.masked:
+            return ""  # None are made here.
         directory = self._directories[0]
         try:
             ours = directory.stat().st_dev
