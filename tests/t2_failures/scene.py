@@ -140,6 +140,17 @@ class Scene:
             self.exact()
             self.rig.log.events.append(("volsnap", 79 + fault, params))
 
+    def finds_an_old_area(self, old: tuple[Any, Any]) -> None:
+        """With `old` (cache, disk) in its place it is fault 15; with the right one all is there."""
+        area = self.rig.host.files["area"]
+        right = area.cache, area.disk
+        area.cache, area.disk = old
+        assert self.fault == 15
+        self.rig.close()
+        area.cache, area.disk = right
+        assert self.online() is None
+        self.exact()
+
     def works(self) -> None:
         """Online again: everything can be overwritten, and no point minds."""
         assert self.online() is None

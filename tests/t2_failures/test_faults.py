@@ -17,7 +17,7 @@ from scene import SIZE, Scene
 from simdisk import FOREVER, PAGE, SimBacking
 
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS, Layout
-from vsnapfs.errors import VsnapError
+from vsnapfs.errors import FaultError, VsnapError
 from vsnapfs.volume import Volume
 
 LAST = 12 * BLOCK
@@ -290,14 +290,7 @@ def test_a_copy_of_the_area_from_between_two_kills_is_an_old_one(buffer: int) ->
     assert scene.write(6 * BLOCK, BLOCK) is None
     scene.exact()
     scene.rig.killed()
-    right = area.cache, area.disk
-    area = scene.rig.host.files["area"]
-    area.cache, area.disk = old
-    assert scene.fault == 15
-    scene.rig.close()
-    area.cache, area.disk = right
-    assert scene.online() is None
-    scene.exact()
+    scene.finds_an_old_area(old)
 
 
 @pytest.mark.parametrize("first", ["write", "delete", "resize"])
@@ -318,14 +311,7 @@ def test_a_copy_of_a_closed_area_is_an_old_one_without_a_ring(first: str) -> Non
 
     scene.run(change)
     scene.rig.killed()
-    area = scene.rig.host.files["area"]
-    right = area.cache, area.disk
-    area.cache, area.disk = old
-    assert scene.fault == 15
-    scene.rig.close()
-    area.cache, area.disk = right
-    assert scene.online() is None
-    scene.exact()
+    scene.finds_an_old_area(old)
 
 
 @pytest.mark.parametrize("first", ["a fault was found", "the state file failed"])
@@ -459,6 +445,9 @@ def test_an_area_that_takes_no_writes_at_open_still_shows_its_points(
         assert volume.protection.fault is not None
         assert volume.protection.fault.code == 2
         assert await read_points(volume) == scene.points
+        with pytest.raises(FaultError) as refused:
+            volume.core.need_area().require_sound()
+        assert refused.value.code == 2, "it names its own reason, not a lack of memory"
         assert isinstance(await attempt(volume.online()), VsnapError)
         host.failures.clear()  # What was not written at the opening is not there all the same.
         assert isinstance(await attempt(volume.online()), VsnapError)

@@ -220,7 +220,7 @@ def test_a_copy_of_the_area_made_while_it_was_served_is_an_old_one(policy: str, 
         await write_at(volume, 0, NEW)
         await flush(volume)
         copies.append(all_files(rig)["area"])
-        volume.core.is_noted = True
+        volume.core.note_generation = None
         await change(volume)
         rig.host.stop_at = rig.host.operations
 

@@ -286,7 +286,7 @@ async def _as_far_as_memory_allows(volume: Volume) -> str:
     for _ in range(20):
         await trio.lowlevel.checkpoint()
     area = volume.core.area
-    if area is not None and not area.is_incomplete:
+    if area is not None and area.incomplete is None:
         return "stuck"  # What the opening saw is complete; carrying out the ring has failed.
     ways = (volume.online(), volume.online(give_up_recovery_points=True), volume.go_offline())
     for work in (*ways, volume.create_point(), volume.repair()):

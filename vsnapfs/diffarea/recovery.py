@@ -74,8 +74,7 @@ class Report:
     bad (not just older), as `verify` describes problems; differing: how many descriptor sectors
     had two valid copies, one of them older. unclean: no clean close before. suspect: so many
     recovery points may be wrong after a power failure (durability "process"). replica_error: a
-    sync of the replica failed, which Linux tells once only; area_error: one of the area, so that
-    nothing may be written to it before it is opened anew. to_heal: sectors that are to be written
+    sync of the replica failed, which Linux tells once only. to_heal: sectors that are to be written
     (`DiffArea.heal`) before anything else is, if it is opened at all. given_up: points in the
     catalog that do not count, because their loss had been recorded elsewhere.
     """
@@ -91,7 +90,6 @@ class Report:
     suspect: int = 0
     problems: list[str] = field(default_factory=list)
     replica_error: OSError | None = None
-    area_error: OSError | None = None
     to_heal: dict[int, SectorImage] = field(default_factory=dict)
     given_up: list[RecoveryPoint] = field(default_factory=list)
 
@@ -179,18 +177,23 @@ def open_area(
                 hint="It is not the replica this diff area was made for, or it has been resized.",
                 code="other-replica",
             )
-        failed = None
+        incomplete = None
         if notes or not superblock.clean:
             # What a killed server left in the host's cache must be durable before it is trusted,
             # and must be read back from the disk, not from the cache, to be checked. The superblock
             # as well: a failed sync leaves one that no disk has ever had.
-            failed = _sync(backing)
+            # What is read afterwards is what the disk has, also if that fails.
+            try:
+                backing.sync()
+            except OSError as error:
+                text = f"the diff area could not be synced: {error.strerror}"
+                number = error.errno or errno.EIO
+                incomplete = FaultError(FaultCode.IO_FAILURE_DURING_ONLINE, text, errno=number)
             backing.forget_cache()
             found, notes, rot = read_superblocks(backing)
             superblock = found[0]
         scan = _Scan(backing, replica, superblock, notes)
-        scan.report.area_error = failed
-        scan.area.is_incomplete = failed is not None
+        scan.area.incomplete = incomplete
         scan.area.is_old = superblock.generation < known
         scan.report.rot = rot
         # A stop between the two copies of a commit leaves the older one: ours too, no fault 15.
@@ -208,13 +211,13 @@ def open_area(
         ) from error
 
 
-def _sync(backing: Backing) -> OSError | None:
-    """What is read afterwards is what the disk has, also if that fails. The error, if it did."""
-    try:
-        backing.sync()
-    except OSError as error:
-        return error
-    return None
+def no_memory() -> FaultError:
+    """The fault of an opening that ran out of memory."""
+    return FaultError(
+        FaultCode.MEMORY_ALLOCATION_FAILURE,
+        "there was not enough memory to read the diff area",
+        errno=errno.ENOMEM,
+    )
 
 
 class _Scan:
@@ -271,7 +274,7 @@ class _Scan:
         area.index.compact(points)
         area.slots.take(area.index.live_slots(points))
         self._keep_slots_of_damage()
-        if self.heal and not area.is_old and not area.is_incomplete:
+        if self.heal and not area.is_old and area.incomplete is None:
             report.healed.append(f"{len(self.heal)} descriptor sectors from their twins")
             report.to_heal = self.heal
         return area, report
@@ -279,7 +282,7 @@ class _Scan:
     def give_up(self) -> tuple[DiffArea, Report]:
         """There is no memory for it: an area of which nothing but the superblock is known."""
         area = DiffArea(self.backing, self.superblock, 0)
-        area.is_unread = area.is_incomplete = True
+        area.is_unread, area.incomplete = True, no_memory()
         area.is_old = self.area.is_old
         area.know_generations(self.area.known_generations)
         return area, Report(unclean=not self.superblock.clean)

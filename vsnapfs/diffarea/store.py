@@ -88,8 +88,9 @@ class AreaStore:
         #: Sectors of which both copies are bad. While there are any, a read that could depend
         #: on them is EIO (`DiffArea.may_trust`), and the volume is offline by fault 3.
         self.damaged_sectors: tuple[int, ...] = ()
-        #: An opening ran out of memory: of what the area holds not all may be known (fault 4).
-        self.is_incomplete = False
+        #: Why nothing may be preserved here before it is opened anew: the opening lacked memory
+        #: (4), so that not all it holds may be known, or could not make durable what it found (2).
+        self.incomplete: FaultError | None = None
         self.barrier_number = superblock.barrier
         self._generations = {superblock.generation}
         self._on_disk = b""  # what the last commit wrote: comparing is faster than decoding
@@ -207,7 +208,7 @@ class AreaStore:
             )
 
     def require_sound(self) -> None:
-        """FaultError 3, 4 or 15 unless all that was ever recorded here is known, with its space.
+        """FaultError 2, 3, 4 or 15 unless all ever recorded here is known, with its space.
 
         Otherwise a block may have a copy that we do not know of, and may have been overwritten:
         what is there now would be recorded as its content in the same epoch.
@@ -218,12 +219,10 @@ class AreaStore:
                 FaultCode.META_DATA_CORRUPTION,
                 "descriptors are lost: what has a copy already is not known",
             )
-        if self.is_incomplete:
-            raise FaultError(
-                FaultCode.MEMORY_ALLOCATION_FAILURE,
-                "it was opened without enough memory: what has a copy already is not known",
-                errno=errno.ENOMEM,
-            )
+        if self.incomplete is not None:
+            why = self.incomplete
+            text = f"when it was opened, {why.message}: what has a copy already is not certain"
+            raise FaultError(why.code, text, errno=why.errno)
         self.require_whole()
 
     @property

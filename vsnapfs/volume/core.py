@@ -234,10 +234,9 @@ class Core:
     ending: bool = False
     nursery: trio.Nursery | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
-    #: Writes the diff area's generation to the state file, in a worker thread (`Protection.save`).
-    note_generation: Callable[[], None] = lambda: None
-    #: It has been written there since the opening.
-    is_noted: bool = False
+    #: Writes the diff area's generation to the state file, in a worker thread (`Protection.save`);
+    #: None as soon as it is there, once an opening.
+    note_generation: Callable[[], None] | None = None
     #: Tells the ring how far the diff area has come (`WriteBuffer.note_area`). No I/O.
     note_area: Callable[[], None] = lambda: None
 
@@ -330,11 +329,11 @@ class Core:
             if area.needs_rollback:
                 area.rollback()
             area.commit(**changes)
-            if not self.is_noted:
+            if self.note_generation is not None:
                 # A copy of the area from before, put back, must look old to the next opening (15).
                 with suppress(OSError, MemoryError):
                     self.note_generation()
-                    self.is_noted = True
+                    self.note_generation = None
 
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)

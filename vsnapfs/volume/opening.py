@@ -19,7 +19,7 @@ from ..belonging import give_to_owner
 from ..config import DEFAULT_WRITE_BUFFER, VolumeConfig, VolumePaths, leads_out, load
 from ..diffarea.area import DiffArea
 from ..diffarea.layout import DEFAULT_BLOCK_SIZE
-from ..diffarea.recovery import Report, open_area
+from ..diffarea.recovery import Report, no_memory, open_area
 from ..errors import BusyError, FaultCode, FaultError, FormatError, VsnapError
 from .core import Core, Log
 from .onlookers import Onlookers
@@ -306,15 +306,6 @@ def _open_area(
     return area, report
 
 
-def no_memory() -> FaultError:
-    """The fault of an opening that ran out of memory."""
-    return FaultError(
-        FaultCode.MEMORY_ALLOCATION_FAILURE,
-        "there was not enough memory to read the diff area",
-        errno=errno.ENOMEM,
-    )
-
-
 def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> FaultError | None:
     superblock = area.superblock
     if area.is_unread:
@@ -325,12 +316,8 @@ def _problem_of(area: DiffArea, report: Report | None, saved: SavedState) -> Fau
             f"the diff area is at generation {superblock.generation}, "
             f"{saved.generation} was written before: an old copy of it has been put back",
         )
-    if report is not None and report.area_error is not None:
-        return FaultError(
-            FaultCode.IO_FAILURE_DURING_ONLINE,
-            f"the diff area could not be synced: {report.area_error.strerror}",
-            errno=report.area_error.errno or errno.EIO,
-        )
+    if area.incomplete is not None:
+        return area.incomplete
     if report is not None and area.backing.size() < superblock.allocated:
         return FaultError(FaultCode.META_DATA_CORRUPTION, report.problems[0])
     if area.damaged_sectors:

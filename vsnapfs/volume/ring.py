@@ -47,8 +47,7 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
-_NUMBER, _BORN_AT, _TAKEN_AT = struct.Struct("<QQ"), 256, 320
-_AREA, _AREA_AT = struct.Struct("<QQQ"), 384
+_BORN_AT, _TAKEN_AT, _AREA_AT = 256, 320, 384
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -141,7 +140,7 @@ class Ring:
         head = head_of(len(memory), name, volume_id)
         memory[: len(head)] = head
         ring = cls(memory, name, fd)
-        ring._put_number(_BORN_AT, born)
+        ring._put_numbers(_BORN_AT, born)
         ring._write_cursor(1, 0)
         return ring
 
@@ -174,28 +173,26 @@ class Ring:
     @property
     def born(self) -> int:
         """Of the replica it was made for, as in `backing.FileId`; 0 if that is not known."""
-        return self._number(_BORN_AT)
+        return self._numbers(_BORN_AT, 1)[0]
 
     @property
     def taken(self) -> int:
         """The generation of the superblock with which an opening last took it over and changed it;
         0: none did.
         """
-        return self._number(_TAKEN_AT)
+        return self._numbers(_TAKEN_AT, 1)[0]
 
     @property
     def area(self) -> tuple[int, int]:
         """(generation, barrier) that `note_area` was last told, zeros: nothing."""
-        check, *numbers = _AREA.unpack_from(self.memory, _AREA_AT)
-        generation, barrier = numbers
-        return (generation, barrier) if check == _hash(_AREA.pack(0, *numbers)[8:]) else (0, 0)
+        generation, barrier = self._numbers(_AREA_AT, 2)
+        return generation, barrier
 
     def note_area(self, generation: int, barrier: int) -> None:
         """The diff area has come so far: one that is behind is an old copy of it."""
         if not self.is_copy:  # One that takes its place is named by a newer superblock anyway.
             self._note_taking()
-            body = _AREA.pack(0, generation, barrier)[8:]
-            self._put(_AREA_AT, _hash(body).to_bytes(8, "little") + body)
+            self._put_numbers(_AREA_AT, generation, barrier)
 
     def take(self, generation: int) -> None:
         """Before its next change: it is not what an older superblock left it as any more."""
@@ -203,16 +200,18 @@ class Ring:
 
     def _note_taking(self) -> None:
         if self._taking:
-            self._put_number(_TAKEN_AT, self._taking)
+            self._put_numbers(_TAKEN_AT, self._taking)
             self._taking = 0
 
-    def _number(self, at: int) -> int:
-        check, number = _NUMBER.unpack_from(self.memory, at)
-        return number if check == _hash(number.to_bytes(8, "little")) else 0
+    def _numbers(self, at: int, count: int) -> tuple[int, ...]:
+        """What `_put_numbers` left there; zeros if that does not fit its checksum."""
+        check, *numbers = struct.unpack_from(f"<{1 + count}Q", self.memory, at)
+        whole = check == _hash(struct.pack(f"<{count}Q", *numbers))
+        return tuple(numbers) if whole else (0,) * count
 
-    def _put_number(self, at: int, number: int) -> None:
-        body = number.to_bytes(8, "little")
-        self._put(at, _hash(body).to_bytes(8, "little") + body)
+    def _put_numbers(self, at: int, *numbers: int) -> None:
+        body = struct.pack(f"<{len(numbers)}Q", *numbers)
+        self._put(at, struct.pack("<Q", _hash(body)) + body)
 
     def _put(self, at: int, data: bytes) -> None:
         self.memory[at : at + len(data)] = data

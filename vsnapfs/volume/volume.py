@@ -21,6 +21,7 @@ import trio
 
 from ..config import DEFAULT_WRITE_BUFFER, Durability, VolumeConfig, check_write_buffer
 from ..diffarea.area import DiffArea
+from ..diffarea.recovery import no_memory
 from ..diffarea.superblock import NO_RING, RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
@@ -32,7 +33,7 @@ from .buffer import WriteBuffer
 from .core import Progress, in_thread
 from .handles import PointHandle, ReplicaHandle, SynchronousHandle
 from .onlookers import Onlookers
-from .opening import READ_ONLY_HOST, Opened, check_replica, close_files, no_memory, open_files
+from .opening import READ_ONLY_HOST, Opened, check_replica, close_files, open_files
 from .overlay import NoLog
 from .points import Points
 from .policy import Policy
@@ -237,7 +238,7 @@ class Volume:
             await self._heal_state()
         except MemoryError:
             await self._offline_at_open(no_memory())
-        self.core.note_generation, self.core.is_noted = self.protection.save, False
+        self.core.note_generation = self.protection.save
         if self.mountpoint is not None:
             self.log.log("vsnapfs", 1001, volume=self.core.name, what=self.mountpoint)
             doubt = self.buffer.doubt()
@@ -257,7 +258,7 @@ class Volume:
             opened.fault, opened.report = opened.fault or no_memory(), None
             self._stays_offline(no_memory())
         except FaultError as error:
-            opened.fault, opened.report, area.is_incomplete = error, None, True
+            opened.fault, opened.report, area.incomplete = error, None, error
         self.account = Account(opened)
 
     async def _judge(self, opened: Opened) -> None:
@@ -411,7 +412,7 @@ class Volume:
         self._lacks_memory = True
         self.buffer.hold(error)
         if self.core.area is not None:
-            self.core.area.is_incomplete = True
+            self.core.area.incomplete = error
 
     def _save_fault(self) -> None:
         protection = self.protection
@@ -706,7 +707,7 @@ class Volume:
             # The next opening would drop them, whatever is answered now.
             reason = "giving up its recovery points has begun, and did not end"
             hint = "Mend what it met, then repeat 'vsnapfs online --give-up-recovery-points'."
-        elif area.is_incomplete:
+        elif area.incomplete is not None:
             reason = "its diff area could not be written when it was opened"
             hint = f"Mend its disk, then unmount the volume and mount it again. If not, {give_up}."
         elif area.damaged_sectors:
