@@ -231,6 +231,33 @@ def made_by_nobody(volume_id: bytes) -> RingName:
     return RingName(bytes.fromhex(done.stdout), 0x801, 1234, SHM.stat().st_dev)
 
 
+_FIND = """
+import sys
+from vsnapfs.backing import FileId
+from vsnapfs.diffarea.superblock import RingName
+from vsnapfs.volume.shm import SharedMemory
+whose = FileId(*map(int, sys.argv[1:4]))
+name = RingName(bytes.fromhex(sys.argv[5]), whose.device, whose.inode, int(sys.argv[6]))
+print(len(list(SharedMemory().find(name, bytes.fromhex(sys.argv[4]), whose).records())))
+"""
+
+
+@needs_root
+def test_where_proc_is_another_pid_namespaces_a_ring_is_found(volume_id: bytes) -> None:
+    """As after `nsenter -m` into a container: /proc/self leads nowhere, which is not "gone"."""
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA)
+    held(ring, b"hello")
+    ring.close()
+    ring_id, memory = ring.name.ring_id.hex(), str(ring.name.memory)
+    mounted = 'unshare --pid --fork mount -t proc proc /proc && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted, "sh", sys.executable, "-c", _FIND,
+         *map(str, REPLICA[:3]), volume_id.hex(), ring_id, memory],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "1\n", done.stderr
+
+
 @needs_root
 def test_root_uses_the_ring_of_the_replicas_owner_as_a_copy(volume_id: bytes) -> None:
     """It is carried out and released in the file, never mapped, and nothing is added to it."""
@@ -395,6 +422,27 @@ def test_without_the_machine_s_boot_id_it_is_said_why(
     with pytest.raises(VsnapError, match="boot_id: No such file or directory") as caught:
         SharedMemory((tmp_path,))
     assert "/proc" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "\n", "none\n", "6e2f1a5c\n", "\N{BULLET}"])
+def test_what_is_no_boot_id_is_not_another_life_of_the_machine(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox hides files under /dev/null: refused, or the ring would be lost."""
+    own = tmp_path / "boot_id"
+    own.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", own)
+    with pytest.raises(VsnapError, match="no boot id"):
+        SharedMemory((SHM,))
+
+
+def test_a_random_number_in_the_place_of_the_boot_id_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another file of the kernel's laid over it has no size either, but is another each time."""
+    uuid = Path("/proc/sys/kernel/random/uuid")
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", uuid)
+    assert SharedMemory((SHM,)).masked
 
 
 def test_a_boot_id_that_lies_over_the_kernel_s_is_noticed(
