@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -397,6 +398,19 @@ def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         SharedMemory((tmp_path,)).make(mmap.PAGESIZE * 16, b"v" * 16, REPLICA)
     assert caught.value.errno == errno.ENOENT
+
+
+def test_a_copy_of_a_ring_in_another_tmpfs_is_not_it(tmp_path: Path, volume_id: bytes) -> None:
+    """As where an overlay lies over /dev/shm: what went on there the ring itself would not know."""
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA)
+    held(ring, b"hello")
+    ring.close()
+    (path,) = paths(volume_id)
+    shutil.copy2(path, tmp_path)
+    assert tmp_path.stat().st_dev != ring.name.memory
+    with pytest.raises(Unusable, match="another tmpfs"):
+        SharedMemory((tmp_path,)).find(ring.name, volume_id, REPLICA)
+    SharedMemory((tmp_path, SHM)).find(ring.name, volume_id, REPLICA).close()
 
 
 def test_a_lock_is_held_from_before_the_head_is_there(

@@ -174,10 +174,12 @@ class SharedMemory:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
-                return _use(fd, path, name, volume_id, replica)
+                if name.memory in (0, os.fstat(fd).st_dev):
+                    return _use(fd, path, name, volume_id, replica)
             except BaseException:
                 os.close(fd)
                 raise
+            os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
         if here or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
