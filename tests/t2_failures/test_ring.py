@@ -30,7 +30,7 @@ from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
 from vsnapfs.diffarea.layout import Layout
 from vsnapfs.diffarea.superblock import RingName
-from vsnapfs.errors import FormatError, VsnapError
+from vsnapfs.errors import FaultError, FormatError, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.ring import RECORDS, Ring
 
@@ -1001,3 +1001,77 @@ def test_a_clean_close_makes_all_of_it_durable() -> None:
     rig.run(look)
     assert content(rig) == NEW + OLD[BLOCK:]
     assert 1045 not in rig.log.ids("vsnapfs")
+
+
+def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "kill") -> Rig:
+    """A volume of which one sync of the diff area has failed, while copies were not yet synced."""
+    rig = made(buffer=buffer, durability=durability, maximum=SMALLEST + 64 * BLOCK)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await flush(volume)
+        if how != "opening":
+            rig.host.fail("area", "sync", errno.EIO)
+        if how == "deletion":
+            assert await attempt(volume.delete_point(1)) is not None
+        elif how == "resize":
+            assert await attempt(volume.resize(SMALLEST + 99 * BLOCK)) is not None
+        elif how == "growth":
+            with contextlib.suppress(FaultError):
+                await volume.room.grow_to_hold(40)
+        if how != "closing":
+            rig.host.failures.clear()
+        if not volume.protection.is_online:
+            await volume.online()
+        if then == "close":
+            await volume.close()
+
+    rig.run(go)
+    if how == "opening":
+        rig.killed()
+        rig.host.fail("area", "sync", errno.EIO)
+        rig.run(_nothing)
+    rig.host.failures.clear()
+    rig.killed()
+    return rig
+
+
+async def _nothing(_volume: Volume) -> None:
+    return
+
+
+@pytest.mark.parametrize("buffer", [0, 64 * 1024])
+@pytest.mark.parametrize(
+    ("how", "then"),
+    [
+        ("deletion", "kill"),
+        ("deletion", "close"),
+        ("resize", "kill"),
+        ("resize", "close"),
+        ("growth", "kill"),
+        ("growth", "close"),
+        ("closing", "close"),
+        ("opening", "kill"),
+    ],
+)
+def test_a_sync_that_failed_with_durability_process_makes_points_suspect(
+    how: str, then: str, buffer: int
+) -> None:
+    """Copies whose blocks have been overwritten may be lost with it: the log and the status say so
+    of all points there were, whatever comes then. With durability "power" none is lost.
+    """
+    rig = _spoilt(how, buffer=buffer, then=then)
+    told = rig.log.ids("vsnapfs").count(1045)
+
+    async def look_at_it(volume: Volume) -> tuple[int, bool]:
+        found = volume.status()["suspect_points"]
+        if volume.protection.is_online or await attempt(volume.online()) is None:
+            await volume.create_point()
+            assert volume.status()["suspect_points"] == found, "a later point is none of them"
+        return found, (await read_points(volume))[1] == OLD
+
+    assert rig.run(look_at_it)[0] == 1
+    assert told == 1
+    sound = _spoilt(how, buffer=buffer, then=then, durability="power")
+    assert sound.run(look_at_it) == (0, True)
+    assert 1045 not in sound.log.ids("vsnapfs")
