@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vsnapfs.backing import FileId, file_system_type
+from vsnapfs.backing import FileBacking, FileId, file_system_type
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
 from vsnapfs.volume.ring import RECORDS, Ring
@@ -398,6 +398,18 @@ def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         SharedMemory((tmp_path,)).make(mmap.PAGESIZE * 16, b"v" * 16, REPLICA)
     assert caught.value.errno == errno.ENOENT
+
+
+def test_a_ring_knows_the_file_system_of_its_replica(tmp_path: Path, volume_id: bytes) -> None:
+    """As the host tells it: on btrfs a snapshot of it can get its device number and inode."""
+    backing = FileBacking.create(tmp_path / "replica")
+    here = backing.file_id()
+    backing.close()
+    told = os.statvfs(tmp_path).f_fsid
+    assert (here.system == 0) == (told == 0)
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, here)
+    assert (ring.born, ring.system) == (here.born, here.system)
+    ring.close()
 
 
 def test_a_copy_of_a_ring_in_another_tmpfs_is_not_it(tmp_path: Path, volume_id: bytes) -> None:

@@ -150,7 +150,7 @@ class SharedMemory:
             while wanted >= min(size, LEAST_WRITE_BUFFER):
                 try:
                     path = _path(directory, name, volume_id)
-                    return _make(path, wanted, name, volume_id, replica.born)
+                    return _make(path, wanted, name, volume_id, replica)
                 except OSError as error:
                     problem = error
                     # A container's share can be small: less is better than none.
@@ -282,7 +282,7 @@ def _fields(mountinfo: list[str]) -> list[list[str]]:
     return [line.split(" ") for line in mountinfo]
 
 
-def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) -> Ring:
+def _make(path: Path, size: int, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600)
     try:
@@ -292,7 +292,7 @@ def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) ->
         fallocate(fd, 0, size)
         # Touched now, not by the writes: the first round would cost a page fault each 4 KiB.
         memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        return Ring.make(memory, name, volume_id, fd, born)
+        return Ring.make(memory, name, volume_id, fd, replica.born, replica.system)
     except BaseException as error:
         os.unlink(path)
         os.close(fd)
