@@ -162,12 +162,13 @@ class SharedMemory:
 
     def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.find`."""
-        here = seen = False
+        whole, seen = [], False
         for directory in self._directories:
             with suppress(OSError):
                 if directory.stat().st_dev == name.memory:
                     seen = True
-                    here |= _shows_all(directory)
+                    if _shows_all(directory):
+                        whole.append(directory)
             path = _path(directory, name, volume_id)
             try:
                 fd = _open(path)
@@ -180,7 +181,12 @@ class SharedMemory:
                 os.close(fd)
                 raise
             os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
-        if here or not name.memory:
+        hint = "Open the volume where it was served, with the same /dev/shm."
+        for directory in whole:
+            if deeper := _may_hold(directory, path.name, name.memory):
+                # What a sandbox had over its /dev/shm may be a subdirectory of this one.
+                raise Unusable(f"it lies in {deeper}, or may: it was not made in {directory}", hint)
+        if whole or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
         raise Unusable(
@@ -188,7 +194,7 @@ class SharedMemory:
             if seen
             else f"it lies in another tmpfs (device {device}), "
             "the /dev/shm of a container or a service",
-            "Open the volume where it was served, with the same /dev/shm.",
+            hint,
         )
 
     # -- being there, being removed -------------------------------------------------------------
@@ -275,6 +281,29 @@ def _shows_all(directory: Path) -> bool:
     mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
     mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
     return any(fields[:1] == [mount] and fields[3] == "/" for fields in _fields(mounts))
+
+
+def _may_hold(top: Path, wanted: str, device: int) -> str:
+    """The directory of that tmpfs, below `top`, that holds a file of this name, else one that
+    cannot be looked into; "" if there is none.
+    """
+    unseen = ""
+
+    def failed(error: OSError) -> None:
+        nonlocal unseen
+        if error.errno != errno.ENOENT:
+            unseen = str(error.filename)
+
+    for folder, inside, names in os.walk(top, onerror=failed):
+        if wanted in names:
+            return folder
+        for name in tuple(inside):
+            try:
+                if os.lstat(os.path.join(folder, name)).st_dev != device:
+                    inside.remove(name)  # Another file system.
+            except OSError as error:
+                failed(error)
+    return unseen
 
 
 def _fields(mountinfo: list[str]) -> list[list[str]]:
