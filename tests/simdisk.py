@@ -209,6 +209,7 @@ class Host:
         self.device = 1
         #: The generation of all inodes: a file system gives a number once more.
         self.born = 0
+        self.system = 0
         self.boot = 1
         #: What openings take for the boot id if something lies over the kernel's.
         self.masked_boot = 0
@@ -305,6 +306,7 @@ class Host:
         host._copies = self._copies
         host.cached = self.cached
         host.tmpfs, host.device, host.born = self.tmpfs, self.device, self.born
+        host.system = self.system
         host.boot = self.boot + 1
         return host
 
@@ -424,7 +426,7 @@ class SimStore:
         ring_id = self.host._inodes.to_bytes(16, "big")
         memory = self.host.memory[ring_id] = bytearray(size)
         name = RingName(ring_id, replica.device, replica.inode, self.host.tmpfs)
-        return self._locked(Ring.make(memory, name, volume_id, born=replica.born))
+        return self._locked(Ring.make(memory, name, volume_id, -1, *replica[3:]))
 
     def _locked(self, ring: Ring) -> Ring:
         """Until it is closed, or its process has ended."""
@@ -620,7 +622,8 @@ class SimBacking:
         return Identity(self.host.device, file.inode, file.cache.size, file.ctime)
 
     def file_id(self) -> FileId:
-        return FileId(self.host.device, 0 if self.is_device else self.file.inode, 0, self.host.born)
+        host, inode = self.host, 0 if self.is_device else self.file.inode
+        return FileId(host.device, inode, 0, host.born, host.system)
 
     def forget_cache(self) -> None:
         """Clean pages are read from the disk again: what a failed sync lost shows now."""

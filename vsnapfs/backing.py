@@ -62,14 +62,17 @@ _FS_IOC_GETVERSION = 0x80007601 | struct.calcsize("l") << 16
 class FileId(NamedTuple):
     """Which file it is, whatever its name: a copy of it is another one. owner: its user's number.
 
-    A block device is known by its own number, and has no inode: 0. born: the inode's generation,
-    which tells a file from a later one that got the same inode; 0 where that is not known.
+    A block device is known by its own number, and has no inode: 0. born, 0 where it is not known:
+    the inode's generation, which tells a file from a later one that got the same inode. system,
+    likewise: the file system's own number, folded to 32 bits. On btrfs it tells a subvolume from a
+    snapshot of it, which has the same inodes; each mount gives them device numbers anew.
     """
 
     device: int
     inode: int
     owner: int
     born: int = 0
+    system: int = 0
 
 
 class Removed(OSError):
@@ -467,8 +470,11 @@ class FileBacking:
         born = bytearray(8)
         with suppress(OSError):
             fcntl.ioctl(self._fd, _FS_IOC_GETVERSION, born)
-        number = int.from_bytes(born[:4], sys.byteorder)
-        return FileId(info.st_dev, info.st_ino, info.st_uid, number)
+        number, system = int.from_bytes(born[:4], sys.byteorder), 0
+        with suppress(OSError):
+            system = os.fstatvfs(self._fd).f_fsid
+        folded = (system ^ system >> 32) & 0xFFFFFFFF
+        return FileId(info.st_dev, info.st_ino, info.st_uid, number, folded)
 
     def forget_cache(self) -> None:
         """See `Backing.forget_cache`."""

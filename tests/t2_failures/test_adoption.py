@@ -58,9 +58,10 @@ def made(**options: object) -> Rig:
     return rig
 
 
-def left_by_a_kill(**options: object) -> Rig:
+def left_by_a_kill(*, system: int = 0, **options: object) -> Rig:
     """A volume whose process died with an acknowledged write (NEW, block 0) in the ring."""
     rig = made(**options)
+    rig.host.system = system
 
     async def write_and_die(volume: Volume) -> None:
         await volume.buffer.start()
@@ -436,6 +437,25 @@ def test_the_same_inode_on_another_device_is_no_copy() -> None:
     error = closed(rig)
     assert "device" in error.message
     rig.host.device = 1
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+def test_a_snapshot_that_got_its_originals_device_number_has_not_its_ring() -> None:
+    """Subvolumes of btrfs have the same inodes, and each mount numbers them anew: closed, as under
+    another number.
+    """
+    rig = left_by_a_kill(system=6)
+    rig.host.system = 7
+    assert "subvolume" in closed(rig).message
+    rig.host.system = 6
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
+@pytest.mark.parametrize(("then", "now"), [(6, 0), (0, 6)])
+def test_a_host_that_does_not_tell_its_file_systems_apart_is_believed(then: int, now: int) -> None:
+    """Not known is not different: the ring is carried out."""
+    rig = left_by_a_kill(system=then)
+    rig.host.system = now
     assert content(rig) == NEW + OLD[BLOCK:]
 
 

@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vsnapfs.backing import FileId, file_system_type
+from vsnapfs.backing import FileBacking, FileId, file_system_type
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
 from vsnapfs.volume.ring import RECORDS, Ring
@@ -398,6 +399,53 @@ def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         SharedMemory((tmp_path,)).make(mmap.PAGESIZE * 16, b"v" * 16, REPLICA)
     assert caught.value.errno == errno.ENOENT
+
+
+def test_a_ring_in_a_subdirectory_is_not_gone(volume_id: bytes) -> None:
+    """A sandbox had that subdirectory over its /dev/shm: from outside, the ring lies deeper."""
+    with tempfile.TemporaryDirectory(dir=SHM) as name:
+        inside = SharedMemory((Path(name),))
+        ring = inside.make(SIZE, volume_id, REPLICA)
+        held(ring, b"hello")
+        ring.close()
+        with pytest.raises(Unusable, match=name):
+            SharedMemory((SHM,)).find(ring.name, volume_id, REPLICA)
+        inside.find(ring.name, volume_id, REPLICA).close()
+    with pytest.raises(FileNotFoundError):
+        SharedMemory((SHM,)).find(ring.name, volume_id, REPLICA)
+
+
+def test_a_directory_of_the_tmpfs_that_cannot_be_looked_into_may_hold_it(
+    volume_id: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be seen is not gone."""
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA)
+    ring.close()
+    paths(volume_id)[0].unlink()
+    real = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    with tempfile.TemporaryDirectory(dir=SHM) as closed:
+        monkeypatch.setattr("os.scandir", scandir)
+        with pytest.raises(Unusable, match=closed):
+            SharedMemory((SHM,)).find(ring.name, volume_id, REPLICA)
+        monkeypatch.undo()
+
+
+def test_a_ring_knows_the_file_system_of_its_replica(tmp_path: Path, volume_id: bytes) -> None:
+    """As the host tells it: on btrfs a snapshot of it can get its device number and inode."""
+    backing = FileBacking.create(tmp_path / "replica")
+    here = backing.file_id()
+    backing.close()
+    told = os.statvfs(tmp_path).f_fsid
+    assert (here.system == 0) == (told == 0)
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, here)
+    assert (ring.born, ring.system) == (here.born, here.system)
+    ring.close()
 
 
 def test_a_copy_of_a_ring_in_another_tmpfs_is_not_it(tmp_path: Path, volume_id: bytes) -> None:

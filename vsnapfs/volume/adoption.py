@@ -23,7 +23,8 @@ Promises:
     our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
     the same inode,     -                                          closed
-    another device
+    another device or
+    another subvolume
     another inode, or   -                                          1049, as after a power failure
     of another birth
 """
@@ -78,6 +79,14 @@ def adopt(
             )
         _refuse_elsewhere(name, here)
         ring = store.find(name, core.volume_id, here)
+        if here.system and ring.system not in (0, here.system):
+            ring.close()
+            raise Unusable(
+                "it belongs to a replica on another file system, or in another subvolume, which "
+                "had the device number that this one has now",
+                "If this is a snapshot or a copy, open the volume itself. If not, mount the file "
+                "system as it was then.",
+            )
         if not here.born or ring.born in (0, here.born):
             if known is None:
                 return ring

@@ -136,15 +136,21 @@ class Ring:
 
     @classmethod
     def make(
-        cls, memory: Memory, name: RingName, volume_id: bytes, fd: int = -1, born: int = 0
+        cls,
+        memory: Memory,
+        name: RingName,
+        volume_id: bytes,
+        fd: int = -1,
+        born: int = 0,
+        system: int = 0,
     ) -> Ring:
-        """Lay out an empty ring. `memory` is all zeros, but for the head perhaps. born: as in
-        `backing.FileId`, of the replica.
+        """Lay out an empty ring. `memory` is all zeros, but for the head perhaps. born, system: as
+        in `backing.FileId`, of the replica.
         """
         head = head_of(len(memory), name, volume_id)
         memory[: len(head)] = head
         ring = cls(memory, name, fd)
-        ring._put_numbers(_BORN_AT, born)
+        ring._put_numbers(_BORN_AT, system << 32 | born)
         ring._write_cursor(1, 0)
         return ring
 
@@ -177,7 +183,12 @@ class Ring:
     @property
     def born(self) -> int:
         """Of the replica it was made for, as in `backing.FileId`; 0 if that is not known."""
-        return self._numbers(_BORN_AT, 1)[0]
+        return self._numbers(_BORN_AT, 1)[0] & 0xFFFFFFFF
+
+    @property
+    def system(self) -> int:
+        """Likewise: what tells the file system, or subvolume, of that replica."""
+        return self._numbers(_BORN_AT, 1)[0] >> 32
 
     @property
     def taken(self) -> int:

@@ -150,7 +150,7 @@ class SharedMemory:
             while wanted >= min(size, LEAST_WRITE_BUFFER):
                 try:
                     path = _path(directory, name, volume_id)
-                    return _make(path, wanted, name, volume_id, replica.born)
+                    return _make(path, wanted, name, volume_id, replica)
                 except OSError as error:
                     problem = error
                     # A container's share can be small: less is better than none.
@@ -162,12 +162,13 @@ class SharedMemory:
 
     def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.find`."""
-        here = seen = False
+        whole, seen = [], False
         for directory in self._directories:
             with suppress(OSError):
                 if directory.stat().st_dev == name.memory:
                     seen = True
-                    here |= _shows_all(directory)
+                    if _shows_all(directory):
+                        whole.append(directory)
             path = _path(directory, name, volume_id)
             try:
                 fd = _open(path)
@@ -180,7 +181,12 @@ class SharedMemory:
                 os.close(fd)
                 raise
             os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
-        if here or not name.memory:
+        hint = "Open the volume where it was served, with the same /dev/shm."
+        for directory in whole:
+            if deeper := _may_hold(directory, path.name, name.memory):
+                # What a sandbox had over its /dev/shm may be a subdirectory of this one.
+                raise Unusable(f"it lies in {deeper}, or may: it was not made in {directory}", hint)
+        if whole or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
         raise Unusable(
@@ -188,7 +194,7 @@ class SharedMemory:
             if seen
             else f"it lies in another tmpfs (device {device}), "
             "the /dev/shm of a container or a service",
-            "Open the volume where it was served, with the same /dev/shm.",
+            hint,
         )
 
     # -- being there, being removed -------------------------------------------------------------
@@ -277,12 +283,35 @@ def _shows_all(directory: Path) -> bool:
     return any(fields[:1] == [mount] and fields[3] == "/" for fields in _fields(mounts))
 
 
+def _may_hold(top: Path, wanted: str, device: int) -> str:
+    """The directory of that tmpfs, below `top`, that holds a file of this name, else one that
+    cannot be looked into; "" if there is none.
+    """
+    unseen = ""
+
+    def failed(error: OSError) -> None:
+        nonlocal unseen
+        if error.errno != errno.ENOENT:
+            unseen = str(error.filename)
+
+    for folder, inside, names in os.walk(top, onerror=failed):
+        if wanted in names:
+            return folder
+        for name in tuple(inside):
+            try:
+                if os.lstat(os.path.join(folder, name)).st_dev != device:
+                    inside.remove(name)  # Another file system.
+            except OSError as error:
+                failed(error)
+    return unseen
+
+
 def _fields(mountinfo: list[str]) -> list[list[str]]:
     # No other kind of blank ends a line or a field: whoever mounts may have it in a name.
     return [line.split(" ") for line in mountinfo]
 
 
-def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) -> Ring:
+def _make(path: Path, size: int, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600)
     try:
@@ -292,7 +321,7 @@ def _make(path: Path, size: int, name: RingName, volume_id: bytes, born: int) ->
         fallocate(fd, 0, size)
         # Touched now, not by the writes: the first round would cost a page fault each 4 KiB.
         memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        return Ring.make(memory, name, volume_id, fd, born)
+        return Ring.make(memory, name, volume_id, fd, replica.born, replica.system)
     except BaseException as error:
         os.unlink(path)
         os.close(fd)
