@@ -1005,3 +1005,39 @@ def test_a_sync_that_failed_with_durability_process_makes_points_suspect(
     sound = _spoilt(how, buffer=buffer, then=then, durability="power")
     assert sound.run(look_at_it) == (0, True)
     assert 1045 not in sound.log.ids("vsnapfs")
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: str) -> None:
+    """What is lost with it is known all the same once the disk works again, and the ring, which was
+    told of barriers that no disk has seen, does not take the area for an old copy.
+    """
+    rig = made(durability="process", on_full=policy)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await flush(volume)
+        rig.host.fail("area", "sync", errno.EIO, times=FOREVER)
+        assert await attempt(volume.delete_point(1)) is not None
+        await attempt(write_at(volume, 4 * BLOCK, NEW))
+        await volume.close()
+
+    rig.run(go)
+    rig.host.failures.clear()
+    rig.killed()
+
+    async def look_at_it(volume: Volume) -> None:
+        assert volume.protection.fault is None or int(volume.protection.fault.code) != 15
+        found = volume.status()
+        assert found["suspect_points"] == found["recovery_points"] == (policy == "offline")
+        if policy == "offline":
+            await volume.online()
+        number = (await volume.create_point()).number
+        await write_at(volume, 0, OLD)
+        await flush(volume)
+        assert volume.suspect < number
+
+    rig.run(look_at_it)
+    rig.close()
+    rig.run(_nothing)
+    assert rig.log.ids("vsnapfs").count(1045) == 1

@@ -267,9 +267,10 @@ class Volume:
         """Decide whether the volume is online, and make what was recovered durable."""
         protection, area = self.protection, opened.core.area
         if area is not None:
+            self.core.note_spoilt = lambda number: protection.save(spoilt=number)
             self.core.watch_over(area)
             if opened.spoilt is not None:
-                area.tell_spoilt(opened.spoilt)
+                await in_thread(area.tell_spoilt, opened.spoilt)
         if area is not None and opened.fault is None:
             self._remember_preserved(area)
             recorded = area.superblock.fault
