@@ -1041,3 +1041,31 @@ def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: s
     rig.close()
     rig.run(_nothing)
     assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
+def test_what_recovery_found_is_told_by_online_if_the_opening_found_a_fault() -> None:
+    """After a power failure with durability "process" the replica's first sync fails (13): points
+    are suspect, and the log says so no later than the commit that makes that durable.
+    """
+    rig = made(durability="process", buffer=64 * 1024)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await volume.buffer.drain()
+
+    rig.run(go)
+    rig.crashed(lambda name, _number, change: name == "area" and len(change.data or b"") == 512)
+    rig.host.fail("replica", "sync", errno.EIO)
+
+    async def online(volume: Volume) -> None:
+        fault = volume.protection.fault
+        assert fault is not None
+        assert int(fault.code) == 13
+        assert volume.status()["suspect_points"] == 1
+        await volume.online()
+
+    rig.run(online)
+    assert rig.log.ids("vsnapfs").count(1045) == rig.log.ids("vsnapfs").count(1042) == 1
+    rig.close()
+    rig.run(_nothing)
+    assert rig.log.ids("vsnapfs").count(1045) == 1
