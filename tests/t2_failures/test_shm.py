@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,6 +232,33 @@ def made_by_nobody(volume_id: bytes) -> RingName:
     return RingName(bytes.fromhex(done.stdout), 0x801, 1234, SHM.stat().st_dev)
 
 
+_FIND = """
+import sys
+from vsnapfs.backing import FileId
+from vsnapfs.diffarea.superblock import RingName
+from vsnapfs.volume.shm import SharedMemory
+whose = FileId(*map(int, sys.argv[1:4]))
+name = RingName(bytes.fromhex(sys.argv[5]), whose.device, whose.inode, int(sys.argv[6]))
+print(len(list(SharedMemory().find(name, bytes.fromhex(sys.argv[4]), whose).records())))
+"""
+
+
+@needs_root
+def test_where_proc_is_another_pid_namespaces_a_ring_is_found(volume_id: bytes) -> None:
+    """As after `nsenter -m` into a container: /proc/self leads nowhere, which is not "gone"."""
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA)
+    held(ring, b"hello")
+    ring.close()
+    ring_id, memory = ring.name.ring_id.hex(), str(ring.name.memory)
+    mounted = 'unshare --pid --fork mount -t proc proc /proc && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted, "sh", sys.executable, "-c", _FIND,
+         *map(str, REPLICA[:3]), volume_id.hex(), ring_id, memory],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "1\n", done.stderr
+
+
 @needs_root
 def test_root_uses_the_ring_of_the_replicas_owner_as_a_copy(volume_id: bytes) -> None:
     """It is carried out and released in the file, never mapped, and nothing is added to it."""
@@ -372,6 +400,19 @@ def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+def test_a_copy_of_a_ring_in_another_tmpfs_is_not_it(tmp_path: Path, volume_id: bytes) -> None:
+    """As where an overlay lies over /dev/shm: what went on there the ring itself would not know."""
+    ring = SharedMemory((SHM,)).make(SIZE, volume_id, REPLICA)
+    held(ring, b"hello")
+    ring.close()
+    (path,) = paths(volume_id)
+    shutil.copy2(path, tmp_path)
+    assert tmp_path.stat().st_dev != ring.name.memory
+    with pytest.raises(Unusable, match="another tmpfs"):
+        SharedMemory((tmp_path,)).find(ring.name, volume_id, REPLICA)
+    SharedMemory((tmp_path, SHM)).find(ring.name, volume_id, REPLICA).close()
+
+
 def test_a_lock_is_held_from_before_the_head_is_there(
     volume_id: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +436,27 @@ def test_without_the_machine_s_boot_id_it_is_said_why(
     with pytest.raises(VsnapError, match="boot_id: No such file or directory") as caught:
         SharedMemory((tmp_path,))
     assert "/proc" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "\n", "none\n", "6e2f1a5c\n", "\N{BULLET}"])
+def test_what_is_no_boot_id_is_not_another_life_of_the_machine(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox hides files under /dev/null: refused, or the ring would be lost."""
+    own = tmp_path / "boot_id"
+    own.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", own)
+    with pytest.raises(VsnapError, match="no boot id"):
+        SharedMemory((SHM,))
+
+
+def test_a_random_number_in_the_place_of_the_boot_id_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another file of the kernel's laid over it has no size either, but is another each time."""
+    uuid = Path("/proc/sys/kernel/random/uuid")
+    monkeypatch.setattr("vsnapfs.volume.shm._BOOT_ID", uuid)
+    assert SharedMemory((SHM,)).masked
 
 
 def test_a_boot_id_that_lies_over_the_kernel_s_is_noticed(

@@ -99,23 +99,30 @@ def discard(volume_id: bytes) -> None:
 def boot_id() -> bytes:
     """What the kernel calls this life of the machine. VsnapError where it cannot be asked."""
     try:
-        text = _BOOT_ID.read_text().strip()
-    except OSError as error:
+        text = _BOOT_ID.read_text(errors="replace").strip()
+        number = bytes.fromhex(text.replace("-", "")) if text.isascii() else b""
+        if len(number) != ID_SIZE:
+            # /dev/null, or an empty file, laid over it is how a sandbox hides a file.
+            raise ValueError
+    except (OSError, ValueError) as error:
+        reason = "this is no boot id"
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
         raise VsnapError(
-            f"whether the machine has been restarted since cannot be told: {_BOOT_ID}: "
-            f"{error.strerror or error}",
+            f"whether the machine has been restarted since cannot be told: {_BOOT_ID}: {reason}",
             hint="Nothing was changed. A service or container that sees only part of /proc "
-            "(ProcSubset=pid) must be given all of it.",
-            errno=error.errno or errno.EIO,
+            "(ProcSubset=pid, a masked path) must be given all of it.",
+            errno=getattr(error, "errno", 0) or errno.EIO,
         ) from error
-    return bytes.fromhex(text.replace("-", ""))
+    return number
 
 
 def boot_is_masked() -> bool:
     """Whether something lies over the kernel's boot id: systemd-nspawn gives each of its containers
     one of its own, which changes while the machine stays up. OSError.
     """
-    return os.stat(_BOOT_ID).st_size != 0  # What the kernel makes up when it is read has no size.
+    # What the kernel makes up when it is read has no size; a random number is another each time.
+    return os.stat(_BOOT_ID).st_size != 0 or boot_id() != boot_id()
 
 
 class SharedMemory:
@@ -161,15 +168,18 @@ class SharedMemory:
                 if directory.stat().st_dev == name.memory:
                     seen = True
                     here |= _shows_all(directory)
+            path = _path(directory, name, volume_id)
             try:
-                fd = _open(_path(directory, name, volume_id))
+                fd = _open(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
-                return _use(fd, name, volume_id, replica)
+                if name.memory in (0, os.fstat(fd).st_dev):
+                    return _use(fd, path, name, volume_id, replica)
             except BaseException:
                 os.close(fd)
                 raise
+            os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
         if here or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
@@ -216,7 +226,7 @@ class SharedMemory:
                     of_it = (name.device, name.inode) == (replica.device, replica.inode)
                     if not of_it or whose != volume_id or path != _path(directory, name, whose):
                         raise FormatError("it is another's")
-                    yield path, _use(fd, name, volume_id, replica, unfinished=True)
+                    yield path, _use(fd, path, name, volume_id, replica, unfinished=True)
                 except (OSError, FormatError, Unusable, MemoryError):
                     # Not ours to judge: it stays.
                     if fd >= 0:
@@ -307,14 +317,19 @@ def _open(path: Path) -> int:
 
 
 def _use(
-    fd: int, name: RingName, volume_id: bytes, replica: FileId, *, unfinished: bool = False
+    fd: int,
+    where: Path,
+    name: RingName,
+    volume_id: bytes,
+    replica: FileId,
+    *,
+    unfinished: bool = False,
 ) -> Ring:
     """The ring in an open file, once that is private and locked. Takes `fd` over if it returns.
 
     unfinished: one that was never finished will do, too. FormatError, `Unusable`, OSError.
     """
     info, here = os.fstat(fd), os.geteuid()
-    where = os.readlink(f"/proc/self/fd/{fd}")
     # Root may carry out what the owner of the replica has acknowledged: it changes his files only.
     if info.st_uid != here and not (here == 0 and info.st_uid == replica.owner):
         raise Unusable(
