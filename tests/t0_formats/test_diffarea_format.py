@@ -311,15 +311,16 @@ def test_no_flipped_bit_of_a_state_file_goes_unnoticed() -> None:
 def test_others_are_in_a_state_file_only_once_there_were_any() -> None:
     """Without them an earlier version can read it; with them nothing else changes."""
     assert b"others" not in _encode(STATE, VOLUME_ID, 5)
-    state = replace(STATE, others_at=2**63 - 1, others_point=2**30 - 1)
+    assert b"spoilt" not in _encode(STATE, VOLUME_ID, 5)
+    state = replace(STATE, others_at=2**63 - 1, others_point=2**30 - 1, spoilt=2**30 - 1)
     assert _decode(_encode(state, VOLUME_ID, 5), VOLUME_ID) == (5, state)
 
 
 @pytest.mark.parametrize("value", [-1, 2**63, "1", True, 1.5])
-@pytest.mark.parametrize("name", ["others_at", "others_point"])
+@pytest.mark.parametrize("name", ["others_at", "others_point", "spoilt"])
 def test_impossible_others_are_no_valid_state(name: str, value: object) -> None:
     """A right checksum does not make them right."""
-    state = replace(STATE, others_at=1, others_point=1)
+    state = replace(STATE, others_at=1, others_point=1, spoilt=1)
     changed = replace(state, **{name: value})  # type: ignore[arg-type]
     assert _decode(_encode(changed, VOLUME_ID, 5), VOLUME_ID) is None
 

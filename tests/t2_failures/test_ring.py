@@ -1075,3 +1075,67 @@ def test_a_sync_that_failed_with_durability_process_makes_points_suspect(
     sound = _spoilt(how, buffer=buffer, then=then, durability="power")
     assert sound.run(look_at_it) == (0, True)
     assert 1045 not in sound.log.ids("vsnapfs")
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: str) -> None:
+    """What is lost with it is known all the same once the disk works again, and the ring, which was
+    told of barriers that no disk has seen, does not take the area for an old copy.
+    """
+    rig = made(durability="process", on_full=policy)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await flush(volume)
+        rig.host.fail("area", "sync", errno.EIO, times=FOREVER)
+        assert await attempt(volume.delete_point(1)) is not None
+        await attempt(write_at(volume, 4 * BLOCK, NEW))
+        await volume.close()
+
+    rig.run(go)
+    rig.host.failures.clear()
+    rig.killed()
+
+    async def look_at_it(volume: Volume) -> None:
+        assert volume.protection.fault is None or int(volume.protection.fault.code) != 15
+        found = volume.status()
+        assert found["suspect_points"] == found["recovery_points"] == (policy == "offline")
+        if policy == "offline":
+            await volume.online()
+        number = (await volume.create_point()).number
+        await write_at(volume, 0, OLD)
+        await flush(volume)
+        assert volume.suspect < number
+
+    rig.run(look_at_it)
+    rig.close()
+    rig.run(_nothing)
+    assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
+def test_what_recovery_found_is_told_by_online_if_the_opening_found_a_fault() -> None:
+    """After a power failure with durability "process" the replica's first sync fails (13): points
+    are suspect, and the log says so no later than the commit that makes that durable.
+    """
+    rig = made(durability="process", buffer=64 * 1024)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await volume.buffer.drain()
+
+    rig.run(go)
+    rig.crashed(lambda name, _number, change: name == "area" and len(change.data or b"") == 512)
+    rig.host.fail("replica", "sync", errno.EIO)
+
+    async def online(volume: Volume) -> None:
+        fault = volume.protection.fault
+        assert fault is not None
+        assert int(fault.code) == 13
+        assert volume.status()["suspect_points"] == 1
+        await volume.online()
+
+    rig.run(online)
+    assert rig.log.ids("vsnapfs").count(1045) == rig.log.ids("vsnapfs").count(1042) == 1
+    rig.close()
+    rig.run(_nothing)
+    assert rig.log.ids("vsnapfs").count(1045) == 1

@@ -107,8 +107,9 @@ class AreaStore:
         #: Durability "process": copies are not synced before their blocks are overwritten.
         self.relaxed = False
         #: A sync has failed meanwhile, and with it copies may be lost whose blocks have been
-        #: overwritten. The next commit makes all points suspect; `tell_spoilt` says so before.
-        self.spoilt = False
+        #: overwritten. The next commit makes points up to this number suspect (0: none);
+        #: `tell_spoilt` says and records it before.
+        self.spoilt = 0
         self.tell_spoilt: Callable[[OSError | None], None] = lambda _error: None
         #: This life of the machine, for the superblock.
         self.boot = superblock.boot
@@ -145,7 +146,7 @@ class AreaStore:
             self._sync_for_commit()
         spoilt_by = self._failed_syncs
         if self.spoilt:
-            changes.setdefault("suspect", self.superblock.epoch)
+            changes.setdefault("suspect", max(self.spoilt, self.superblock.suspect))
         wanted = replace(
             self.superblock,
             **changes,
@@ -177,7 +178,7 @@ class AreaStore:
         self.in_doubt = False
         self.superblock = wanted
         if self._failed_syncs == spoilt_by:  # Not one of a growth beside this.
-            self.spoilt = False
+            self.spoilt = 0
 
     def _sync_for_commit(self) -> None:
         try:
@@ -315,8 +316,8 @@ class AreaStore:
             except BaseException as error:
                 self._sync_failed = True
                 self._failed_syncs += 1
-                if self.relaxed and not self.spoilt:
-                    self.spoilt = True
+                if self.relaxed and self.superblock.epoch > self.spoilt:
+                    self.spoilt = self.superblock.epoch
                     self.tell_spoilt(error if isinstance(error, OSError) else None)
                 raise
 

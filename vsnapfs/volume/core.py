@@ -237,6 +237,8 @@ class Core:
     #: Writes the diff area's generation to the state file, in a worker thread (`Protection.save`);
     #: None as soon as it is there, once an opening.
     note_generation: Callable[[], None] | None = None
+    #: Writes to the state file up to which point copies may be lost, in a worker thread.
+    note_spoilt: Callable[[int], None] = lambda _number: None
     #: Tells the ring how far the diff area has come (`WriteBuffer.note_area`). No I/O.
     note_area: Callable[[], None] = lambda: None
 
@@ -348,6 +350,8 @@ class Core:
             reason = error.strerror or str(error) if error is not None else "unexpected"
             if count and not self.dry_run:
                 self.log.log("vsnapfs", 1045, volume=self.name, count=count, reason=reason)
+            with suppress(OSError, MemoryError):  # Should no commit pass, nothing else would know.
+                self.note_spoilt(area.spoilt)
 
         area.tell_spoilt = tell
 

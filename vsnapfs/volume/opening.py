@@ -278,16 +278,19 @@ def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
 
 
 def _look_at_syncs(area: DiffArea, saved: SavedState) -> OSError | None:
-    """The same where the first sync after a kill failed, at this opening (returned, to be told) or
-    at the one before, which recorded that as fault 2: what only the cache had is lost.
+    """The same where a sync had failed, and no commit said so. Returns the error, to be told, if it
+    was the first sync of this opening: what only the cache had is lost.
     """
     superblock, error = area.superblock, area.incomplete
-    recorded = saved.fault is not None and saved.fault.code is FaultCode.IO_FAILURE_DURING_ONLINE
     now = error is not None and error.code is FaultCode.IO_FAILURE_DURING_ONLINE
-    if superblock.clean or not superblock.process or not (recorded or now):
+    now = now and superblock.process and not superblock.clean
+    spoilt = superblock.epoch if now else min(saved.spoilt, superblock.epoch)
+    if spoilt <= superblock.suspect:
         return None
-    area.superblock, area.spoilt = replace(superblock, suspect=superblock.epoch), True
-    return None if recorded or error is None else OSError(error.errno, error.message)
+    area.superblock, area.spoilt = replace(superblock, suspect=spoilt), spoilt
+    if error is None or spoilt <= saved.spoilt:  # Told already.
+        return None
+    return OSError(error.errno, error.message)
 
 
 #: It may be somebody else's file: nothing of ours overwrites it, not even giving up the points.

@@ -42,7 +42,9 @@ class SavedState:
     them and no number is used twice. generation, ring, boot: the superblock's at that time.
     others_at, others_point: somebody else had the replica open for writing while we had it, first
     at this time (nanoseconds since the epoch); of the points up to this number something may be
-    missing. Written only once that has happened, so that earlier versions read all other states.
+    missing. spoilt: points up to this number may have lost copies with a failed sync, and the
+    superblock does not say so yet. Written only once that has happened, so that earlier versions
+    read all other states.
     """
 
     offline: bool = False
@@ -56,6 +58,7 @@ class SavedState:
     boot: bytes = bytes(16)
     others_at: int = 0
     others_point: int = 0
+    spoilt: int = 0
 
 
 class StateFile:
@@ -177,6 +180,8 @@ def _encode(state: SavedState, volume_id: bytes, sequence: int) -> bytes:
     fields = _fields(state)
     if not state.others_point:
         del fields["others_at"], fields["others_point"]
+    if not state.spoilt:
+        del fields["spoilt"]
     text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(text) > _MAX_TEXT and state.fault:
         # Only the free text and the path can be long; the numbers must survive.
@@ -227,6 +232,7 @@ def _is_possible(state: SavedState) -> bool:
         "generation": MAX_COUNTER,
         "others_at": MAX_COUNTER,
         "others_point": MAX_POINT_NUMBER,
+        "spoilt": MAX_POINT_NUMBER,
     }
     values: dict[str, Any] = vars(state)
     numbers = {name: values[name] for name in limits}

@@ -21,7 +21,7 @@ import trio
 
 from ..config import DEFAULT_WRITE_BUFFER, Durability, VolumeConfig, check_write_buffer
 from ..diffarea.area import DiffArea
-from ..diffarea.recovery import no_memory
+from ..diffarea.recovery import Report, no_memory
 from ..diffarea.superblock import NO_RING, RecoveryPoint
 from ..diffarea.verify import Verification
 from ..errors import FaultCode, FaultError, VsnapError
@@ -82,6 +82,8 @@ class Volume:
         self._lacks_memory = False
         #: What recovery has decided is durable (or there was nothing to decide), see `_settle`.
         self._is_settled = False
+        #: What recovery has found and nobody has been told of: the opening found a fault.
+        self._untold: Report | None = None
 
     @property
     def directory(self) -> Path:
@@ -267,9 +269,10 @@ class Volume:
         """Decide whether the volume is online, and make what was recovered durable."""
         protection, area = self.protection, opened.core.area
         if area is not None:
+            self.core.note_spoilt = lambda number: protection.save(spoilt=number)
             self.core.watch_over(area)
             if opened.spoilt is not None:
-                area.tell_spoilt(opened.spoilt)
+                await in_thread(area.tell_spoilt, opened.spoilt)
         if area is not None and opened.fault is None:
             self._remember_preserved(area)
             recorded = area.superblock.fault
@@ -292,6 +295,7 @@ class Volume:
         elif opened.fault is not None:
             if area is not None:
                 self._remember_preserved(area)
+            self._untold = opened.report
             if opened.report is not None:
                 self._log_healed(text for text in opened.report.healed if "superblock" not in text)
             await self._offline_at_open(opened.fault)
@@ -303,11 +307,23 @@ class Volume:
                 self.core.preserved.update(blocks)
 
     async def _finish_recovery(self, opened: Opened) -> None:
-        core, report = self.core, opened.report
+        report = opened.report
         assert report is not None
+        await self._tell_recovery(report, report.healed)
+        if report.unclean or report.healed:
+            await self._settle()
+            # A ring that is given up must not come back with the next loss of the area, and a copy
+            # of the area from before this commit, put back, must look old to the next opening (15),
+            # however this one ends. Before anything is carried out.
+            await self._heal_state()
+        self._is_settled = True
+
+    async def _tell_recovery(self, report: Report, healed: Iterable[str]) -> None:
+        """Before the commit that makes it durable. FaultError as `_tell_given_up`."""
+        core = self.core
         if report.suspect:
             core.log.log("vsnapfs", 1045, volume=core.name, count=report.suspect)
-        self._log_healed(report.healed)
+        self._log_healed(healed)
         if report.unclean:
             core.log.log(
                 "vsnapfs",
@@ -319,13 +335,6 @@ class Volume:
             )
         if report.given_up:
             await self._tell_given_up(report.given_up)
-        if report.unclean or report.healed:
-            await self._settle()
-            # A ring that is given up must not come back with the next loss of the area, and a copy
-            # of the area from before this commit, put back, must look old to the next opening (15),
-            # however this one ends. Before anything is carried out.
-            await self._heal_state()
-        self._is_settled = True
 
     async def _settle(self) -> None:
         """Both copies of the superblock agree again, and all that recovery decided is durable
@@ -645,7 +654,9 @@ class Volume:
                 if self._lacks_memory:
                     raise self.core.out_of_memory("there is no reason to give anything up")
                 async with self.core.shape_lock:
-                    return await giveup.give_up_recovery_points(self)
+                    warnings = await giveup.give_up_recovery_points(self)
+                self._is_settled, self._untold = True, None
+                return warnings
             warnings = []
             if not self.protection.is_online:
                 warnings = await self._bring_back()
@@ -675,6 +686,9 @@ class Volume:
             if not self._is_settled:
                 # The opening found a fault and wrote nothing. Old copies must look old all the same
                 # before anything is carried out.
+                if self._untold is not None:
+                    await self._tell_recovery(self._untold, ())
+                    self._untold = None
                 await self._settle()
                 await in_thread(protection.save)
                 self._is_settled = True
