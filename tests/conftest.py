@@ -49,6 +49,8 @@ from house import (
 from vsnapfs.demo.namespace import own_namespace
 
 IN_CI = os.environ.get("CI") == "true"
+#: In CI nobody else is on the machine, unless another run of these tests is.
+ALONE = IN_CI and not os.environ.get("VSNAPFS_TEST_BESIDE")
 TIME_LIMIT = 300.0
 TOKEN_NAME = "VSNAPFS_TEST_RUN"
 # A run inside a run (tests/t0_formats/test_house_rules.py) adds to the outer one's token.
@@ -191,7 +193,8 @@ class _Leftovers:
 
     Ours is what lies under pytest's temporary directory and each process with our token. A mount
     of vsnapfs elsewhere that is new may be another run's on the same machine; in CI, where nobody
-    else is, it counts too (but is not touched).
+    else is, it counts too (but is not touched). So does a loop device, unless another run of these
+    tests goes on meanwhile (scripts/test looks when both have ended).
     """
 
     def __init__(self, base: Path) -> None:
@@ -219,7 +222,7 @@ class _Leftovers:
             if self._loops.get(device) == backing:
                 continue
             ours = self._is_ours(backing)
-            if ours or IN_CI:
+            if ours or ALONE:
                 new.append((device, f"loop device {device} on {backing}", ours))
         return new
 

@@ -30,7 +30,7 @@ from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
 from vsnapfs.diffarea.layout import Layout
 from vsnapfs.diffarea.superblock import RingName
-from vsnapfs.errors import FormatError, VsnapError
+from vsnapfs.errors import FaultError, FormatError, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.ring import RECORDS, Ring
 
@@ -469,6 +469,76 @@ def test_records_released_before_are_never_found_again() -> None:
             assert again.used == ring.used
         ring.release(record)
         assert list(Ring.found(memory, NAME, b"v" * 16).records()) == []
+
+
+@pytest.mark.parametrize("where", [0, 8, 16, 24, 40, 64], ids=lambda at: f"byte-{at}")
+@pytest.mark.parametrize("which", range(6))
+def test_a_rotted_record_costs_no_other(which: int, where: int) -> None:
+    """Those after it are found all the same, also round the end, and it is counted."""
+    memory = bytearray(RECORDS + 4096)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(3):
+        gone = ring.append(number, bytes([number]) * 700)
+        assert gone is not None
+        ring.release(gone)
+    records = [ring.append(number, bytes([number]) * 500) for number in range(3, 9)]
+    record = records[which]
+    assert record is not None
+    assert {record.position // ring.capacity for record in records if record} == {0, 1}
+    memory[record.where - 64 + where] ^= 0x10
+    again = Ring.found(memory, NAME, b"v" * 16)
+    found = [(r.offset, bytes(again.data(r))) for r in again.records()]
+    assert found == [(n, bytes([n]) * 500) for n in range(3, 9) if n != 3 + which]
+    # A head that no other follows is one that was being written when the process died.
+    is_seen = which < 5 or where == 64
+    assert (again.rotted > 0) == is_seen
+    newer = again.append(99, b"newer")
+    assert newer is not None
+    again.release(newer)
+    assert list(Ring.found(memory, NAME, b"v" * 16).records()) == []
+
+
+def test_a_note_torn_by_a_kill_leaves_the_one_before() -> None:
+    """Of the two copies one is whole at any moment, whichever byte was the last."""
+    memory = bytearray(RECORDS + 4096)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    ring.take(5)
+    ring.note_area(7, 20)
+    before = bytes(memory)
+    ring.take(6)
+    ring.note_area(8, 21)
+    changed = [at for at in range(RECORDS) if memory[at] != before[at]]
+    assert changed
+    for at in changed:
+        torn = bytearray(before[:at] + bytes([before[at] ^ 0xFF]) + before[at + 1 :])
+        torn[:at] = memory[:at]
+        found = Ring.found(torn, NAME, b"v" * 16)
+        assert found.taken in (5, 6)
+        assert found.area in ((7, 20), (8, 21))
+
+
+def test_an_opening_carries_out_what_is_left_of_a_rotted_ring() -> None:
+    """The other writes are there, the log says how many are lost, and the point is right."""
+    rig = made()
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        for number in range(3):
+            await write_at(volume, number * BLOCK, pattern(40 + number, BLOCK))
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    (memory,) = rig.host.memory.values()
+    memory[RECORDS + 200] ^= 1
+    kept = OLD[:BLOCK] + pattern(41, BLOCK) + pattern(42, BLOCK) + OLD[3 * BLOCK :]
+    assert content(rig) == kept
+    assert lost(rig) == 1
+    rig.run(look)
+    rig.close()
+    assert content(rig) == kept
+    assert not rig.host.memory
 
 
 def test_a_full_ring_refuses_and_takes_again_after_a_release() -> None:
@@ -931,3 +1001,77 @@ def test_a_clean_close_makes_all_of_it_durable() -> None:
     rig.run(look)
     assert content(rig) == NEW + OLD[BLOCK:]
     assert 1045 not in rig.log.ids("vsnapfs")
+
+
+def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "kill") -> Rig:
+    """A volume of which one sync of the diff area has failed, while copies were not yet synced."""
+    rig = made(buffer=buffer, durability=durability, maximum=SMALLEST + 64 * BLOCK)
+
+    async def go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW * 3)
+        await flush(volume)
+        if how != "opening":
+            rig.host.fail("area", "sync", errno.EIO)
+        if how == "deletion":
+            assert await attempt(volume.delete_point(1)) is not None
+        elif how == "resize":
+            assert await attempt(volume.resize(SMALLEST + 99 * BLOCK)) is not None
+        elif how == "growth":
+            with contextlib.suppress(FaultError):
+                await volume.room.grow_to_hold(40)
+        if how != "closing":
+            rig.host.failures.clear()
+        if not volume.protection.is_online:
+            await volume.online()
+        if then == "close":
+            await volume.close()
+
+    rig.run(go)
+    if how == "opening":
+        rig.killed()
+        rig.host.fail("area", "sync", errno.EIO)
+        rig.run(_nothing)
+    rig.host.failures.clear()
+    rig.killed()
+    return rig
+
+
+async def _nothing(_volume: Volume) -> None:
+    return
+
+
+@pytest.mark.parametrize("buffer", [0, 64 * 1024])
+@pytest.mark.parametrize(
+    ("how", "then"),
+    [
+        ("deletion", "kill"),
+        ("deletion", "close"),
+        ("resize", "kill"),
+        ("resize", "close"),
+        ("growth", "kill"),
+        ("growth", "close"),
+        ("closing", "close"),
+        ("opening", "kill"),
+    ],
+)
+def test_a_sync_that_failed_with_durability_process_makes_points_suspect(
+    how: str, then: str, buffer: int
+) -> None:
+    """Copies whose blocks have been overwritten may be lost with it: the log and the status say so
+    of all points there were, whatever comes then. With durability "power" none is lost.
+    """
+    rig = _spoilt(how, buffer=buffer, then=then)
+    told = rig.log.ids("vsnapfs").count(1045)
+
+    async def look_at_it(volume: Volume) -> tuple[int, bool]:
+        found = volume.status()["suspect_points"]
+        if volume.protection.is_online or await attempt(volume.online()) is None:
+            await volume.create_point()
+            assert volume.status()["suspect_points"] == found, "a later point is none of them"
+        return found, (await read_points(volume))[1] == OLD
+
+    assert rig.run(look_at_it)[0] == 1
+    assert told == 1
+    sound = _spoilt(how, buffer=buffer, then=then, durability="power")
+    assert sound.run(look_at_it) == (0, True)
+    assert 1045 not in sound.log.ids("vsnapfs")

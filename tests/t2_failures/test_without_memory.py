@@ -317,9 +317,10 @@ def _opens(rig: Rig, mountpoint: str | None) -> str:
 
 
 def _what_rings_hold(rig: Rig) -> dict[bytes, tuple[bytes, bytes]]:
-    """All but the note of who has had it last, between the two."""
+    """All but the notes of who has had it last, between the two."""
+    first, second = _TAKEN_AT
     return {
-        name: (bytes(memory[:_TAKEN_AT]), bytes(memory[_TAKEN_AT + 16 :]))
+        name: (bytes(memory[:first]), bytes(memory[second + 16 :]))
         for name, memory in rig.host.memory.items()
     }
 

@@ -71,7 +71,10 @@ def list_points(volume: Path, as_json: bool) -> None:
         ]
         print_table(("number", "created", "label"), rows, right="number")
         if any(point.get("suspect") for point in points):
-            note("SUSPECT: lived through a power failure with durability process; may be wrong.")
+            note(
+                "SUSPECT: lived through a power failure, or a failed sync of the diff area, with "
+                "durability process; may be wrong."
+            )
 
 
 @recovery_point.command(

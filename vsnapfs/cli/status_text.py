@@ -194,7 +194,8 @@ def _buffer(status: dict[str, Any]) -> str:
 
 def _suspect(count: int) -> str:
     points = "1 recovery point" if count == 1 else f"{count} recovery points"
-    return f"{points} lived through a power failure with durability process and may be wrong"
+    what = "a power failure, or a failed sync of the diff area, with durability process"
+    return f"{points} lived through {what} and may be wrong"
 
 
 def _others(what: str, file: dict[str, Any]) -> list[tuple[str, str]]:

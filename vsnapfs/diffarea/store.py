@@ -106,6 +106,10 @@ class AreaStore:
         self._formatting = False
         #: Durability "process": copies are not synced before their blocks are overwritten.
         self.relaxed = False
+        #: A sync has failed meanwhile, and with it copies may be lost whose blocks have been
+        #: overwritten. The next commit makes all points suspect; `tell_spoilt` says so before.
+        self.spoilt = False
+        self.tell_spoilt: Callable[[OSError | None], None] = lambda _error: None
         #: This life of the machine, for the superblock.
         self.boot = superblock.boot
 
@@ -139,6 +143,9 @@ class AreaStore:
         changes.setdefault("boot", self.boot)
         if changes["clean"] and self.relaxed:
             self._sync_for_commit()
+        spoilt_by = self._failed_syncs
+        if self.spoilt:
+            changes.setdefault("suspect", self.superblock.epoch)
         wanted = replace(
             self.superblock,
             **changes,
@@ -169,6 +176,8 @@ class AreaStore:
         self._on_disk = data
         self.in_doubt = False
         self.superblock = wanted
+        if self._failed_syncs == spoilt_by:  # Not one of a growth beside this.
+            self.spoilt = False
 
     def _sync_for_commit(self) -> None:
         try:
@@ -303,9 +312,12 @@ class AreaStore:
                 raise OSError(errno.EIO, "an earlier sync of the diff area failed")
             try:
                 self.backing.sync()
-            except BaseException:
+            except BaseException as error:
                 self._sync_failed = True
                 self._failed_syncs += 1
+                if self.relaxed and not self.spoilt:
+                    self.spoilt = True
+                    self.tell_spoilt(error if isinstance(error, OSError) else None)
                 raise
 
     # -- preserving -----------------------------------------------------------------------------
@@ -350,9 +362,9 @@ class AreaStore:
         self.require_sound()
         if self._suspects:
             raise FaultError(FaultCode.COW_WRITE_FAILURE, "an earlier barrier has failed")
-        if self.in_doubt:
+        if self.in_doubt or self.spoilt:
             # The copy that may have reached the disk could leave out what is recorded here
-            # (a smaller area, a deleted point).
+            # (a smaller area, a deleted point). What is lost is on record before more is written.
             self.commit()
         number = self.barrier_number + 1
         if number > MAX_COUNTER:

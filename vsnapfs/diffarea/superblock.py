@@ -80,7 +80,8 @@ class Superblock:
     ring: the write buffer in use, which the next opening empties. boot: the life of the machine in
     which this was written (meaningful with `ring` and `process`).
     process: copies are not made durable before blocks are overwritten (durability "process").
-    suspect: points up to this number lived through a power failure like that.
+    suspect: points up to this number lived through a power failure like that, or a
+    failed sync.
     """
 
     volume_id: bytes

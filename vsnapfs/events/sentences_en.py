@@ -281,8 +281,9 @@ SENTENCES: dict[tuple[str, int], str] = {
         " machine loses them."
     ),
     ("vsnapfs", 1045): (
-        'The power failed while {the_volume} was used with durability "process"[. All {count}'
-        " recovery points|. All recovery points] of that time may be wrong."
+        "[A sync of the diff area failed ({cause})|The power failed] while {the_volume} was used"
+        ' with durability "process"[. All {count} recovery points|. All recovery points] of that'
+        " time may be wrong."
     ),
     ("vsnapfs", 1047): (
         "{The_area} of {the_volume} is slow to grow[: from {old} to {new} took {seconds} s|"

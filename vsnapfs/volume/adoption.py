@@ -136,7 +136,8 @@ def _refuse_old(area: DiffArea, ring: Ring) -> None:
     if area.superblock.generation < generation:
         behind = f"generation {area.superblock.generation}, {generation}"
     # Of an area that is damaged the newest sectors may be gone; nothing is preserved in it anyway.
-    elif area.barrier_number < barrier and area.is_sound:
+    # So they may be after a failed sync with durability "process".
+    elif area.barrier_number < barrier and area.is_sound and not area.spoilt:
         behind = f"barrier {area.barrier_number}, {barrier}"
     else:
         return

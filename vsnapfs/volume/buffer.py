@@ -243,14 +243,21 @@ class WriteBuffer:
             self._is_taken = True
 
     def _take_over(self, ring: Ring) -> None:
+        beyond = 0
         for record in ring.records():
             if record.offset + record.length > self._core.size:
-                name, reason = ring.name.ring_id.hex(), "it holds a write beyond the replica's end"
+                beyond += 1
+            else:
+                self._enter(record)
+        for count, what in ((beyond, "lie beyond the replica's end"), (ring.rotted, "are rotted")):
+            if count:
                 self._core.log.log(
-                    "vsnapfs", 1043, volume=self._core.name, what=name, reason=reason
+                    "vsnapfs",
+                    1043,
+                    volume=self._core.name,
+                    what=ring.name.ring_id.hex(),
+                    reason=f"{count} of the writes it held {what}, the others are carried out",
                 )
-                break
-            self._enter(record)
 
     def hold(self, error: FaultError) -> None:
         """An opening has found what forbids copies: all of it stays in the ring, for `online`

@@ -32,7 +32,7 @@ from ..config import Durability, VolumeConfig
 from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.superblock import RecoveryPoint
-from ..errors import VsnapError
+from ..errors import FaultError, VsnapError
 from .administration import Administration
 from .statefile import StateFile
 
@@ -338,6 +338,27 @@ class Core:
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)
         self.note_area()
+
+    def watch_over(self, area: DiffArea) -> None:
+        """As the chosen durability has it; and what a failed sync may have lost is told."""
+        area.relaxed = self.durability == "process"
+
+        def tell(error: OSError | None) -> None:
+            count = len(area.superblock.points)
+            reason = error.strerror or str(error) if error is not None else "unexpected"
+            if count and not self.dry_run:
+                self.log.log("vsnapfs", 1045, volume=self.name, count=count, reason=reason)
+
+        area.tell_spoilt = tell
+
+    async def record_spoilt(self) -> None:
+        """An operation on the diff area has failed that is no fault. If copies may be lost with it,
+        their points are marked, as far as the area can be written. Not under `area_lock`.
+        """
+        if self.area is not None and self.area.spoilt:
+            with suppress(FaultError, MemoryError):
+                async with self.area_lock:
+                    await self.commit()
 
     async def mark_in_use(self) -> None:
         """Before the first change after a clean opening: a crash from here on is an unclean stop.

@@ -71,7 +71,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     volume.buffer.forget_slots()
                     volume.buffer.is_taken()  # With what the lost area said it does not count now.
                     volume.room.promised.clear()
-                    area.relaxed = core.durability == "process"
+                    core.watch_over(area)
             except BaseException:
                 if backing is not None and (old is None or backing is not old.backing):
                     backing.close()  # So that the next try can lock it.

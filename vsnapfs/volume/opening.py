@@ -51,6 +51,8 @@ class Opened:
     buffer_size: int = DEFAULT_WRITE_BUFFER
     onlookers: Onlookers | None = None
     new_state: bool = False
+    #: A failed sync, with which copies may be lost (durability "process"), to be told.
+    spoilt: OSError | None = None
 
     def leave_no_empty_state(self) -> None:
         """The opening has come to nothing: what it began is not there for the next one."""
@@ -226,12 +228,14 @@ def open_core(
         warnings.append(f"{state_problem}; the superblock decides")
     area: DiffArea | None = None
     report: Report | None = None
+    spoilt: OSError | None = None
     size = replica.size()
     if area_backing is not None:
         try:
             area, report = _open_area(area_backing, replica, volume_id, saved)
             if store is not None:
                 _look_at_boot(area, report, store.boot)
+            spoilt = _look_at_syncs(area, saved)
         except FaultError as error:
             problem = error
             area_backing.close()
@@ -251,7 +255,17 @@ def open_core(
     )
     if report is not None and report.replica_error is not None:
         core.replica_failed, core.replica_error = True, report.replica_error
-    return Opened(core, saved, problem, report, warnings, state_problem, store, new_state=new_state)
+    return Opened(
+        core,
+        saved,
+        problem,
+        report,
+        warnings,
+        state_problem,
+        store,
+        new_state=new_state,
+        spoilt=spoilt,
+    )
 
 
 def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
@@ -261,6 +275,19 @@ def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
         report.suspect = len(superblock.points)
         area.superblock = replace(superblock, suspect=superblock.epoch, process=False)
     area.boot = boot
+
+
+def _look_at_syncs(area: DiffArea, saved: SavedState) -> OSError | None:
+    """The same where the first sync after a kill failed, at this opening (returned, to be told) or
+    at the one before, which recorded that as fault 2: what only the cache had is lost.
+    """
+    superblock, error = area.superblock, area.incomplete
+    recorded = saved.fault is not None and saved.fault.code is FaultCode.IO_FAILURE_DURING_ONLINE
+    now = error is not None and error.code is FaultCode.IO_FAILURE_DURING_ONLINE
+    if superblock.clean or not superblock.process or not (recorded or now):
+        return None
+    area.superblock, area.spoilt = replace(superblock, suspect=superblock.epoch), True
+    return None if recorded or error is None else OSError(error.errno, error.message)
 
 
 #: It may be somebody else's file: nothing of ours overwrites it, not even giving up the points.

@@ -57,6 +57,7 @@ class Resize:
                 else:
                     await self._grow(area, total)
             except FaultError as error:
+                await core.record_spoilt()
                 raise VsnapError(
                     f"volume {core.name}: the diff area could not be resized: {error.message}",
                     errno=error.errno,

@@ -3,7 +3,8 @@
 Owns the layout of that memory. Promises:
 
 * a record that `append` returned for is found by `records` of a later opening, whole and in its
-  order, however the process ended (W3); one that was being written is not found at all;
+  order, however the process ended (W3); one that was being written is not found at all, one that
+  rotted is counted, and those after it are found;
 * a record released before is never found again, so that nothing newer is overwritten by it;
 * memory that is another ring's, another volume's, rotted or of the wrong size is an error, and
   never read as records;
@@ -15,9 +16,10 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
     0      head: xxh3-64 over it, magic, version, size, ring id, volume id, device and inode of the
            replica, device of the tmpfs
     256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
-    320    the same, generation of the superblock that named it when it was last taken over
+    320    the same, generation of the superblock that named it when it was last taken over; again
+           at 352, so that being killed between two bytes of one leaves the other
     384    xxh3-64 of the rest, newest generation and newest barrier of the diff area (zeros: not
-           told yet)
+           told yet); again at 448
     512    cursor, first copy      the oldest record not released: its sequence number and position
     1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
@@ -47,7 +49,7 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
-_BORN_AT, _TAKEN_AT, _AREA_AT = 256, 320, 384
+_BORN_AT, _TAKEN_AT, _AREA_AT = (256,), (320, 352), (384, 448)
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -129,6 +131,8 @@ class Ring:
         self._start = 0  # where the oldest one that is not released begins
         self._turn = 0  # which copy of the cursor is written next
         self._taking = 0  # the generation that `take` was told and that is not in `memory` yet
+        #: How many records `records` went past because they are rotted.
+        self.rotted = 0
 
     @classmethod
     def make(
@@ -214,15 +218,19 @@ class Ring:
             self._put_numbers(_TAKEN_AT, self._taking)
             self._taking = 0
 
-    def _numbers(self, at: int, count: int) -> tuple[int, ...]:
-        """What `_put_numbers` left there; zeros if that does not fit its checksum."""
-        check, *numbers = struct.unpack_from(f"<{1 + count}Q", self.memory, at)
-        whole = check == _hash(struct.pack(f"<{count}Q", *numbers))
-        return tuple(numbers) if whole else (0,) * count
+    def _numbers(self, places: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """What `_put_numbers` left there: the highest whole copy, zeros if there is none."""
+        found = [(0,) * count]
+        for at in places:
+            check, *numbers = struct.unpack_from(f"<{1 + count}Q", self.memory, at)
+            if check == _hash(struct.pack(f"<{count}Q", *numbers)):
+                found.append(tuple(numbers))
+        return max(found)
 
-    def _put_numbers(self, at: int, *numbers: int) -> None:
+    def _put_numbers(self, places: tuple[int, ...], *numbers: int) -> None:
         body = struct.pack(f"<{len(numbers)}Q", *numbers)
-        self._put(at, struct.pack("<Q", _hash(body)) + body)
+        for at in places:
+            self._put(at, struct.pack("<Q", _hash(body)) + body)
 
     def _put(self, at: int, data: bytes) -> None:
         self.memory[at : at + len(data)] = data
@@ -313,28 +321,67 @@ class Ring:
     # -- after a process has died -----------------------------------------------------------------
 
     def records(self) -> Iterator[Record]:
-        """What was left, oldest first. To be exhausted before anything is appended."""
+        """What was left, oldest first. To be exhausted before anything is appended.
+
+        `rotted` counts what it went past. The newest record is not missed if its head is rotted:
+        it looks like one that was being written.
+        """
         # However it looks, it is not gone round twice.
         end = self._start + self.capacity
         while self._tail < end:
             place = self._tail % self.capacity
-            at = RECORDS + place
-            head = self.view[at : at + _RECORD.size]
-            check, salt, sequence, offset, content, length = _RECORD.unpack(head)
-            if (salt, sequence) != (self._salt, self._sequence) or check != _hash(head[8:]):
-                return
+            sequence, offset, content, length = self._head_at(place)
+            if sequence != self._sequence:
+                if not self._skip_to_next_head(end):
+                    return
+                continue
             if length == _TURN:
                 self._tail += self.capacity - place
                 self._sequence += 1
                 continue
             need = (ALIGN + length + ALIGN - 1) & -ALIGN
-            where = at + ALIGN
-            if need > self.capacity - place or _hash(self.view[where : where + length]) != content:
+            if need > self.capacity - place:
                 return
+            where = RECORDS + place + ALIGN
             record = Record(offset, length, where, sequence, self._tail, self._tail + need)
             self._tail += need
             self._sequence += 1
-            yield record
+            # The data was there before the head.
+            if _hash(self.view[where : where + length]) == content:
+                yield record
+            else:
+                self.rotted += 1
+
+    def _head_at(self, place: int) -> tuple[int, int, int, int]:
+        """Sequence number, offset, data's hash, length; zeros if no head of this ring is there."""
+        head = self.view[RECORDS + place : RECORDS + place + _RECORD.size]
+        check, salt, *fields = _RECORD.unpack(head)
+        if salt != self._salt or check != _hash(head[8:]):
+            return 0, 0, 0, 0
+        sequence, offset, content, length = fields
+        return sequence, offset, content, length
+
+    def _skip_to_next_head(self, end: int) -> bool:
+        """Go on after a head that is none, at a later record. False if there is none before `end`:
+        it was being written, or nothing was.
+        """
+        place = self._tail % self.capacity
+        salt = self.name.ring_id[:8]
+        for first, last, turn in ((place, self.capacity, 0), (0, place, self.capacity)):
+            at = first - 1
+            while (
+                at := self.memory.find(salt, RECORDS + at + 9, RECORDS + last) - RECORDS - 8
+            ) >= 0:
+                if at % ALIGN:
+                    continue
+                position = self._tail - place + turn + at
+                skipped = self._head_at(at)[0] - self._sequence
+                # What was released has lower numbers, and each record takes some room.
+                if 0 < skipped <= (position - self._tail) // ALIGN and position < end:
+                    self._tail, self._sequence = position, self._sequence + skipped
+                    self.rotted += skipped
+                    return True
+        return False
 
     def close(self) -> None:
         """Give memory and lock back. The file, if there is one, stays. May be called twice."""

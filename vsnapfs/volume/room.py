@@ -251,6 +251,8 @@ class Room:
             self._last_seconds = growth.seconds
             growth.ended.set()
             growth.wake()
+        if growth.error is not None:
+            await core.record_spoilt()
         if growth.error is None and growth.seconds >= SLOW_GROWTH_SECONDS:
             self._tell_slow(growth, old=old, new=core.need_area().allocated)
 

@@ -115,7 +115,9 @@ class Volume:
 
     @property
     def suspect(self) -> int:
-        """Points up to this number lived through a power failure with durability "process"."""
+        """Points up to this number lived through a power failure, or a failed sync, with durability
+        "process".
+        """
         return self.core.area.superblock.suspect if self.core.area else 0
 
     # -- opening and closing --------------------------------------------------------------------
@@ -265,7 +267,9 @@ class Volume:
         """Decide whether the volume is online, and make what was recovered durable."""
         protection, area = self.protection, opened.core.area
         if area is not None:
-            area.relaxed = self.core.durability == "process"
+            self.core.watch_over(area)
+            if opened.spoilt is not None:
+                area.tell_spoilt(opened.spoilt)
         if area is not None and opened.fault is None:
             self._remember_preserved(area)
             recorded = area.superblock.fault
@@ -518,6 +522,7 @@ class Volume:
             return
         if not await self._all_is_durable() or area is None or area.superblock.clean:
             return
+        await core.record_spoilt()
         try:
             if core.area_is_stale or area.needs_rollback:
                 return
@@ -529,6 +534,7 @@ class Volume:
             await in_thread(self.protection.save)
         except Exception as error:  # noqa: BLE001 - then it is closed as it is
             self._could_not(error)
+            await core.record_spoilt()
 
     async def _all_is_durable(self) -> bool:
         """Carry out what is in the write buffer and sync the replica, also where policy `evict` has
