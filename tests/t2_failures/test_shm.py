@@ -401,6 +401,24 @@ def test_a_disk_is_no_place_for_a_ring(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+def test_a_ring_that_was_made_longer_is_all_there(volume_id: bytes) -> None:
+    """Somebody's truncate, which can be undone; one cut short has lost something."""
+    store = SharedMemory((SHM,))
+    ring = store.make(SIZE, volume_id, REPLICA)
+    held(ring, b"hello")
+    ring.close()
+    (path,) = paths(volume_id)
+    os.truncate(path, SIZE * 2)
+    with pytest.raises(Unusable, match="longer") as caught:
+        store.find(ring.name, volume_id, REPLICA)
+    assert f"truncate -s {SIZE} " in caught.value.hint
+    os.truncate(path, SIZE)
+    store.find(ring.name, volume_id, REPLICA).close()
+    os.truncate(path, SIZE // 2)
+    with pytest.raises(FormatError):
+        store.find(ring.name, volume_id, REPLICA)
+
+
 def test_a_ring_in_a_subdirectory_is_not_gone(volume_id: bytes) -> None:
     """A sandbox had that subdirectory over its /dev/shm: from outside, the ring lies deeper."""
     with tempfile.TemporaryDirectory(dir=SHM) as name:

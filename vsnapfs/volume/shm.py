@@ -384,6 +384,10 @@ def _use(
         ring = Ring(memory, name, fd, is_copy=is_copy)
         if unfinished and ring.is_unused:
             return ring
+        if (made := read_head(memory).size) < len(memory):
+            raise Unusable(
+                f"{where} has been made longer", f"'truncate -s {made} {where}' undoes that."
+            )
         return Ring.found(memory, name, volume_id, fd, is_copy=is_copy)
     except BaseException:
         ring.view.release()
