@@ -16,8 +16,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import trio
 
 from vsnapfs import threads
+from vsnapfs.daemon.process import run_trio
 
 #: 4 Mi copies, of which the index alone takes 48 MiB; the process may take 24 more than it has.
 BLOCK, COPIES, ROOM = 4096, 4 << 20, 24 << 20
@@ -147,6 +149,34 @@ def test_threads_are_made_where_there_is_memory_for_all_of_them() -> None:
         assert threads.started(3, "none") is None
     assert asked.call_args.args[1] >= 3 * (8 << 20)
     assert threading.active_count() == before
+
+
+def test_no_memory_for_trio_itself_is_no_memory() -> None:
+    """A MemoryError that hits a task of trio's own leaves `run_trio` as a MemoryError."""
+
+    async def starved() -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        trio.lowlevel.spawn_system_task(starved)
+        await trio.sleep_forever()
+
+    with pytest.raises(MemoryError):
+        run_trio(main)
+
+
+def test_a_defect_of_trio_stays_one() -> None:
+    """Another exception in a task of trio's own is not taken for a lack of memory."""
+
+    async def broken() -> None:
+        raise KeyError
+
+    async def main() -> None:
+        trio.lowlevel.spawn_system_task(broken)
+        await trio.sleep_forever()
+
+    with pytest.raises(trio.TrioInternalError):
+        run_trio(main)
 
 
 if __name__ == "__main__":

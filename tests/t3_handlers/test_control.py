@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -513,6 +514,21 @@ def test_a_directory_that_takes_no_socket_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(VsnapError, match="control socket") as caught:
         server.listen()
     assert caught.value.code == "control-socket"
+
+
+def test_a_full_host_that_takes_no_socket_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host without one free inode refuses the mount, and the error says what helps."""
+
+    def bind(_self: socket.socket, _address: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    server = ControlServer(tmp_path, FakeVolume(tmp_path), OPERATIONS)  # type: ignore[arg-type]
+    with pytest.raises(VsnapError, match="No space left") as caught:
+        server.listen()
+    assert "df -i" in caught.value.hint
 
 
 def test_names_that_are_no_utf8_survive_the_wire() -> None:

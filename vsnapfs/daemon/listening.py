@@ -6,6 +6,7 @@ newer server has made is left alone; a directory's name may be longer than sun_p
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -15,6 +16,10 @@ from vsnapfs.errors import VsnapError
 
 # Connections that are not accepted yet. The kernel allows as many as net.core.somaxconn says.
 _BACKLOG = 4096
+_NO_ROOM = (
+    "Free space there, or inodes (df -i), and mount again. All that needs no mount works "
+    "meanwhile: its recovery points can be listed, verified, exported and deleted."
+)
 
 
 def open_directory(directory: Path) -> int:
@@ -67,6 +72,7 @@ class ControlSocket:
         except OSError as error:
             raise VsnapError(
                 f"cannot make the control socket in {self._directory}: {error.strerror}",
+                hint=_NO_ROOM if error.errno in (errno.ENOSPC, errno.EDQUOT) else "",
                 errno=error.errno or 5,
                 code="control-socket",
             ) from error

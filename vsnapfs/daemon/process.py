@@ -99,12 +99,19 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
     """trio.run, but a failure leaves it as itself, never wrapped in the groups of nurseries.
 
     Strict groups on every trio version, so that both the oldest and the newest we support behave
-    the same here.
+    the same here. MemoryError, too, if it was trio itself that found no memory: it calls anything
+    that hits its own tasks an error of its own.
     """
     try:
         result: T = trio.run(function, strict_exception_groups=True)
     except BaseExceptionGroup as group:
         raise leading(group) from group
+    except trio.TrioInternalError as error:
+        if error.__cause__ is not None and any(
+            isinstance(leaf, MemoryError) for leaf in _leaves(error.__cause__)
+        ):
+            raise MemoryError from error
+        raise
     return result
 
 
@@ -113,6 +120,16 @@ def leading(exc: BaseException) -> BaseException:
 
     An interruption before all, then a VsnapError, then the first.
     """
+    leaves = _leaves(exc)
+    for kind in (KeyboardInterrupt, VsnapError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    """The exceptions in nested groups, outer ones first."""
     leaves: list[BaseException] = []
     pending = [exc]
     while pending:
@@ -121,8 +138,4 @@ def leading(exc: BaseException) -> BaseException:
             pending.extend(one.exceptions)
         else:
             leaves.append(one)
-    for kind in (KeyboardInterrupt, VsnapError):
-        for leaf in leaves:
-            if isinstance(leaf, kind):
-                return leaf
-    return leaves[0]
+    return leaves
