@@ -425,6 +425,44 @@ def test_old_copies_look_old_however_the_opening_between_came_online(
     raise AssertionError("it never ended")
 
 
+@pytest.mark.parametrize("how", ["gone", "an old copy", "no memory"])
+def test_closing_says_that_a_ring_waits_for_its_area(how: str) -> None:
+    """Acknowledged writes are not on the disk yet: that is no clean end, and nothing is lost."""
+    rig = made()
+    rig.close()
+    area = rig.host.files["area"]
+    old = replace(area, cache=area.cache.copy(), disk=area.disk.copy(), inode=area.inode + 1000)
+
+    async def write_and_die(volume: Volume) -> None:
+        await volume.buffer.start()
+        await write_at(volume, 0, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(write_and_die)
+    rig.killed()
+    right = rig.host.files.pop("area")
+    if how == "an old copy":
+        rig.host.files["area"] = old
+    elif how == "no memory":
+        rig.host.files["area"] = right
+
+    async def close(volume: Volume) -> str:
+        await volume.close()
+        return volume.left_behind
+
+    with contextlib.ExitStack() as stack:
+        if how == "no memory":
+            scan = "vsnapfs.diffarea.recovery._Scan.run"
+            stack.enter_context(mock.patch(scan, side_effect=MemoryError))
+        assert rig.run(close) != ""
+    rig.close()
+    rig.host.files["area"] = right
+    assert content(rig) == NEW + OLD[BLOCK:]
+    assert rig.run(close) == ""
+    assert lost(rig) == 0
+
+
 def test_an_old_area_put_back_does_not_cost_the_ring() -> None:
     """Fault 15; when the right area is there again, so is what was acknowledged."""
     rig = made()
