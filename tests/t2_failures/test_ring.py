@@ -68,9 +68,8 @@ async def look(volume: Volume) -> None:
     volume.check_invariants()
 
 
-def left_by_a_kill(**options: object) -> Rig:
-    """A volume whose process died with an acknowledged write in the ring."""
-    rig = made(**options)
+def die_with_a_write(rig: Rig) -> None:
+    """The process dies with an acknowledged write in its ring."""
 
     async def write_and_die(volume: Volume) -> None:
         await volume.buffer.start()
@@ -81,6 +80,12 @@ def left_by_a_kill(**options: object) -> Rig:
         rig.run(write_and_die)
     rig.killed()
     assert len(rig.host.memory) == 1
+
+
+def left_by_a_kill(**options: object) -> Rig:
+    """A volume whose process died with an acknowledged write in the ring."""
+    rig = made(**options)
+    die_with_a_write(rig)
     rig.log.events.clear()
     return rig
 
@@ -432,15 +437,7 @@ def test_closing_says_that_a_ring_waits_for_its_area(how: str) -> None:
     rig.close()
     area = rig.host.files["area"]
     old = replace(area, cache=area.cache.copy(), disk=area.disk.copy(), inode=area.inode + 1000)
-
-    async def write_and_die(volume: Volume) -> None:
-        await volume.buffer.start()
-        await write_at(volume, 0, NEW)
-        rig.host.stop_at = rig.host.operations
-
-    with pytest.raises(PowerLoss):
-        rig.run(write_and_die)
-    rig.killed()
+    die_with_a_write(rig)
     right = rig.host.files.pop("area")
     if how == "an old copy":
         rig.host.files["area"] = old
