@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: An odd size; any write of the judge fits.
 SIZE = RECORDS + 16 * (BLOCK + 64) + 33
-#: (offset, length) in the ring's memory: head, which file the replica is, what it was told, cursors.
+#: (offset, length) in the ring: head, which file the replica is, what it was told, both cursors.
 _HEAD, _BORN, _TOLD, _CURSORS = (0, 96), (256, 48), (320, 152), ((512, 24), (1024, 24))
 
 
