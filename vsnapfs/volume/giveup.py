@@ -123,6 +123,12 @@ def _find_place(volume: Volume, old: DiffArea | None) -> Backing | None:
         backing = FileBacking.open(path, follow=leads_out(configured))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise VsnapError(
+            f"{path} is a symbolic link, which is not followed", hint="Move it away first."
+        ) from error
     try:
         if not _is_ours(volume, backing):
             raise VsnapError(
