@@ -371,9 +371,10 @@ class Ring:
         salt = self.name.ring_id[:8]
         for first, last, turn in ((place, self.capacity, 0), (0, place, self.capacity)):
             at = first - 1
-            while (
-                at := self.memory.find(salt, RECORDS + at + 9, RECORDS + last) - RECORDS - 8
-            ) >= 0:
+            # To the salt of the last head, no further: looking for bytes CPython reads one too far,
+            # and behind the last page of a mapping there may be nothing.
+            end_of_salts = RECORDS + last - ALIGN + 16
+            while (at := self.memory.find(salt, RECORDS + at + 9, end_of_salts) - RECORDS - 8) >= 0:
                 if at % ALIGN:
                     continue
                 position = self._tail - place + turn + at
