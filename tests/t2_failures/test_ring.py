@@ -535,7 +535,7 @@ def test_a_rotted_record_costs_no_other(which: int, where: int) -> None:
 
 
 class _Mapping(bytearray):
-    """Behind the end of a mapping there may be nothing, and CPython's `find` reads one byte more."""
+    """Behind the end of a mapping there may be nothing; CPython's `find` reads one byte more."""
 
     def find(self, sub: Any, start: Any = 0, end: Any = None) -> int:
         assert end is not None
