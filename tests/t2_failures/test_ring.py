@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -531,6 +532,28 @@ def test_a_rotted_record_costs_no_other(which: int, where: int) -> None:
     assert newer is not None
     again.release(newer)
     assert list(Ring.found(memory, NAME, b"v" * 16).records()) == []
+
+
+class _Mapping(bytearray):
+    """Behind the end of a mapping there may be nothing; CPython's `find` reads one byte more."""
+
+    def find(self, sub: Any, start: Any = 0, end: Any = None) -> int:
+        assert end is not None
+        assert end < len(self)
+        return super().find(sub, start, end)
+
+
+@pytest.mark.parametrize("size", range(RECORDS + 640, RECORDS + 640 + 64 * 4, 64))
+def test_looking_for_records_ends_inside_the_memory(size: int) -> None:
+    """Wherever the last one ends, round the end or not: the server ended by signal 11."""
+    memory = _Mapping(size)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(40):
+        record = ring.append(number, bytes(100))
+        assert record is not None
+        assert len(list(Ring.found(memory, NAME, b"v" * 16).records())) == 1
+        ring.release(record)
+        assert not list(Ring.found(memory, NAME, b"v" * 16).records())
 
 
 def test_a_note_torn_by_a_kill_leaves_the_one_before() -> None:
