@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 #: An odd size; any write of the judge fits.
 SIZE = RECORDS + 16 * (BLOCK + 64) + 33
-#: (offset, length) in the ring's memory: head, generation of the replica, both cursors.
-_HEAD, _BORN, _CURSORS = (0, 96), (256, 16), ((512, 24), (1024, 24))
+#: (offset, length) in the ring: head, which file the replica is, what it was told, both cursors.
+_HEAD, _BORN, _TOLD, _CURSORS = (0, 96), (256, 48), (320, 152), ((512, 24), (1024, 24))
 
 
 def fill(rig: Rig, contents: dict[int, bytes]) -> None:
@@ -113,7 +113,9 @@ class Watch:
 
     @staticmethod
     def _place(memory: bytearray, dice: random.Random) -> int:
-        start, length = dice.choice((_HEAD, _BORN, *_CURSORS, (RECORDS, 200), (0, len(memory))))
+        start, length = dice.choice(
+            (_HEAD, _BORN, _TOLD, *_CURSORS, (RECORDS, 200), (0, len(memory)))
+        )
         return min(start + dice.randrange(length), len(memory) - 1)
 
     def _rot(self, memory: bytearray, mutator: Mutator, dice: random.Random) -> None:

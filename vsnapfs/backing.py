@@ -64,7 +64,7 @@ class FileId(NamedTuple):
 
     A block device is known by its own number, and has no inode: 0. born, 0 where it is not known:
     the inode's generation, which tells a file from a later one that got the same inode. system,
-    likewise: the file system's own number, folded to 32 bits. On btrfs it tells a subvolume from a
+    likewise: the file system's own number (f_fsid). On btrfs it tells a subvolume from a
     snapshot of it, which has the same inodes; each mount gives them device numbers anew.
     """
 
@@ -473,8 +473,7 @@ class FileBacking:
         number, system = int.from_bytes(born[:4], sys.byteorder), 0
         with suppress(OSError):
             system = os.fstatvfs(self._fd).f_fsid
-        folded = (system ^ system >> 32) & 0xFFFFFFFF
-        return FileId(info.st_dev, info.st_ino, info.st_uid, number, folded)
+        return FileId(info.st_dev, info.st_ino, info.st_uid, number, system)
 
     def forget_cache(self) -> None:
         """See `Backing.forget_cache`."""

@@ -12,7 +12,8 @@ every point. A point that is missing must have been deleted or told lost. Afterw
 opened anew, shows the same, comes online, and works.
 """
 
+from .history import UndecidedError
 from .operations import OPERATIONS, SCENES
 from .trial import Trial
 
-__all__ = ["OPERATIONS", "SCENES", "Trial"]
+__all__ = ["OPERATIONS", "SCENES", "Trial", "UndecidedError"]

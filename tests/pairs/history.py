@@ -41,6 +41,14 @@ def _chosen(asked: Asked) -> tuple[bool, ...]:
     return (True,) if asked.ok else (True, False)
 
 
+#: How many states of one moment the model goes into: each may be a whole replica.
+_MOST = 2000
+
+
+class UndecidedError(Exception):
+    """Too many writes overlap in time to try all their orders."""
+
+
 def _ends(base: tuple[Content, Points], history: list[Asked]) -> Iterator[tuple[Any, ...]]:
     """What all orders of it lead to: the replica's content, the points, all points there were.
 
@@ -60,6 +68,8 @@ def _ends(base: tuple[Content, Points], history: list[Asked]) -> Iterator[tuple[
                         then = applied(asked, content, dict(points), known)
                     kept = frozenset(then[1].items()), frozenset(known.items())
                     after.add((left - {asked}, then[0], *kept))
+        if len(after) > _MOST:
+            raise UndecidedError
         states = after
     return ((content, dict(points), dict(ever)) for _, content, points, ever in states)
 

@@ -214,6 +214,29 @@ def test_a_disk_that_lies_is_noticed(
     only(out)
 
 
+@pytest.mark.usefixtures("point")
+@pytest.mark.parametrize("call", ["open", "fstat", "preadv"])
+def test_a_server_that_dies_during_an_export_is_named(
+    volume: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Wherever it dies: which point, why, and that the export works without it; nothing is left."""
+    real = getattr(os, call)
+
+    def dead(what: Any, *args: Any, **kwargs: Any) -> Any:
+        of = what if call == "open" else os.readlink(f"/proc/self/fd/{what}")
+        if str(of).endswith("0003.img"):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return real(what, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, dead)
+    result = run("rp", "export", volume, "3", out / "copy.img")
+    monkeypatch.undo()
+    assert result.exit_code == 1
+    assert "recovery point 3" in result.stderr
+    assert "has died. Export again" in result.stderr
+    only(out)
+
+
 def test_a_damaged_point_says_where(
     volume: Path, point: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,18 @@ def test_giving_up_is_only_offered_where_the_area_may_be_lost(volume: Path) -> N
     assert offered == {1, 3, 14, 15}
 
 
+@pytest.mark.parametrize("code", [1, 12])
+def test_no_point_is_called_readable_while_the_area_is_not_open(volume: Path, code: int) -> None:
+    """Faults 1 and 12 at an opening: nothing is readable there, and the way leads over a mount."""
+    status = status_of(volume, fault=fault(FaultCode(code)))
+    assert "stays readable" in "\n".join(status_text.way_out(status))
+    status["diff_area"] |= {"used": None, "allocated": None}
+    steps = "\n".join(status_text.way_out(status))
+    assert "stays readable" not in steps
+    assert "mount again" in steps
+    assert code == 1 or "move it away" in steps
+
+
 def test_status_tells_of_a_growth_that_takes_long(backend: Backend, volume: Path) -> None:
     """While it lasts, with the writes that wait; afterwards if it took long; else not a word."""
     area = status_of(volume)["diff_area"]

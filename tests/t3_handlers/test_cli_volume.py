@@ -356,6 +356,21 @@ def test_a_missing_diff_area_is_fault_1_until_it_is_back(tmp_path: Path, vol: Pa
     assert status(vol)["recovery_points"] == 1
 
 
+def test_a_link_in_the_place_of_a_lost_diff_area_is_moved_away_first(vol: Path) -> None:
+    """Giving up says so, touches neither link nor target, and works once the link is gone."""
+    area = vol / "diff-area"
+    os.rename(area, vol / "elsewhere")
+    area.symlink_to("elsewhere")
+    assert "move it away" in run("status", vol).stdout
+    result = run("online", vol, "--give-up-recovery-points", "--yes")
+    assert result.exit_code == 1
+    assert "is a symbolic link" in result.stderr
+    assert "Move it away" in result.stderr
+    area.unlink()
+    ok("online", vol, "--give-up-recovery-points", "--yes")
+    assert status(vol)["state"] == "online"
+
+
 def test_giving_up_a_lost_diff_area(vol: Path) -> None:
     """With a yes the volume comes online without its points; without one nothing happens."""
     ok("rp", "create", vol)

@@ -371,6 +371,9 @@ def test_a_diff_area_that_is_taken_away(machine: Machine, how: str) -> None:
         assert rig.create_point() == 3, "numbers are never used twice"
         return
     if how == "replaced":
+        said = vsnapfs("online", rig.directory, "--give-up-recovery-points", "--yes", code=1)
+        assert "not the diff area of" in said
+        must_be_exact(rig, checksums, machine.base)  # Nothing was given up.
         path.unlink()
     aside.rename(path)
     vsnapfs("online", rig.directory)

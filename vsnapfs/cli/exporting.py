@@ -134,9 +134,15 @@ async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator
     path = mount.mountpoint / "recovery-points" / f"{number:04d}.img"
     try:
         fd = _open_direct(path)
+        try:
+            size = os.fstat(fd).st_size
+        except BaseException:
+            os.close(fd)
+            raise
     except OSError as error:
         raise VsnapError(
             f"recovery point {number} of {shown(volume)} cannot be opened: {error.strerror}",
+            hint=_hint(error),
             errno=error.errno or errno.EIO,
         ) from error
 
@@ -148,9 +154,17 @@ async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator
         return view if got == length else bytes(view)  # a part must outlive the next read
 
     try:
-        yield _Source(number, os.fstat(fd).st_size, read)
+        yield _Source(number, size, read)
     finally:
         os.close(fd)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+        return "The process that served the volume has died. Export again: it needs no mount."
+    if error.errno == errno.EIO:
+        return "`vsnapfs verify` lists every damaged place and the points it belongs to."
+    return ""
 
 
 def _open_direct(path: Path) -> int:
@@ -193,9 +207,7 @@ async def _read(source: _Source, offset: int, length: int) -> bytes | memoryview
             raise VsnapError(
                 f"recovery point {source.number} cannot be read at byte {offset + got}: "
                 f"{error.strerror or error}",
-                hint="`vsnapfs verify` lists every damaged place and the points it belongs to."
-                if error.errno == errno.EIO
-                else "",
+                hint=_hint(error),
                 errno=error.errno or errno.EIO,
                 code="read",
             ) from error

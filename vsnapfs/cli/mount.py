@@ -156,5 +156,11 @@ def umount(volume: str) -> None:
             f"{shown(found.volume)} is attached as {', '.join(devices)}",
             hint=f"Unmount what is on it, then: vsnapfs detach {shown(found.volume)}",
         )
-    mounts.unmount(found, say=note)
+    closed = mounts.unmount(found, say=note)
     note(f"{shown(found.volume)} is unmounted.")
+    if not closed:
+        warn(
+            "its server had died and did not close it: acknowledged writes may wait in memory "
+            "until it is opened. Before this machine restarts: "
+            f"vsnapfs status {shown(found.volume)}"
+        )

@@ -31,6 +31,7 @@ _CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair 
 _GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
 _SAVE = ("Save what can be read: vsnapfs recovery-point export {v} POINT FILE",)
 _BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
+_IN_THE_WAY = "If something else lies there: move it away, and bring back what was there."
 _FREE_MEMORY = (
     "Free some memory, or raise the limit the process runs under.",
     "If it was offline from the mount on, unmount it and mount it again.",
@@ -265,11 +266,19 @@ def way_out(status: dict[str, Any]) -> list[str]:
         "maximum": size(area.get("maximum")),
     }
     steps = [line.format(**names) for line in _WAYS_OUT.get(status["fault"].get("code"), ())]
-    if status["fault"].get("code") == FaultCode.DIFF_AREA_MISSING:
+    code = status["fault"].get("code")
+    readable = "Until then every recovery point stays readable."
+    closed = area.get("allocated") is None  # The area is not open: nothing can be read from it.
+    if code == FaultCode.DIFF_AREA_MISSING:
         after = "Then unmount, if mounted, and mount again: the volume comes online by itself."
+        readable = "Until then no recovery point can be read." if closed else readable
+    elif code == FaultCode.FILE_SYSTEM_FAILURE and closed:
+        steps.append(_IN_THE_WAY)
+        after = "Then unmount, if mounted, mount again, and: vsnapfs online {v}"
+        readable = "While it is not mounted, points can be exported, if the area is there."
     else:
         after = "Then: vsnapfs online {v}"
-    return [*steps, after.format(**names), "Until then every recovery point stays readable."]
+    return [*steps, after.format(**names), readable]
 
 
 def typed(path: str) -> str:

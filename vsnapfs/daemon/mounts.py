@@ -139,25 +139,28 @@ def _errno_of_asking(path: Path) -> int:
 # ---- unmounting ---------------------------------------------------------------------------------
 
 
-def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> None:
+def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> bool:
     """End the mount of a volume and return when the volume is closed cleanly.
 
-    A dead mount is only cleaned up. say(sentence): what it waits for, if it does for long.
+    False: a dead mount is only cleaned up, and nobody has closed the volume.
+    say(sentence): what it waits for, if it does for long.
     BusyError, naming the users, while something uses it.
     """
     from vsnapfs.daemon import client  # above this module: it serves commands, this serves both
 
     if mount.stale:
         clean_stale(mount)
-        return
+        return False
     try:
         client.call(mount.volume, "stop", mountpoint=str(mount.mountpoint), say=say)
-        return
+        return True
     except VsnapError as error:
         if error.code not in ("not-mounted", "no-volume", "not-volume"):
             raise
-    # No server answers for the volume's directory (moved or removed under a live mount).
+    # No server answers for the volume's directory (moved or removed under a live mount, or dead
+    # since we looked).
     unmount_now(mount.mountpoint)
+    return False
 
 
 def clean_stale(mount: Mount) -> None:

@@ -130,7 +130,7 @@ def _unmount_lazily(mount: mounts.Mount) -> None:
     _within(_PATIENCE, partial(mounts.unmount_now, mount.mountpoint, lazy=True))
 
 
-def _within(seconds: float, work: Callable[[], None]) -> bool:
+def _within(seconds: float, work: Callable[[], object]) -> bool:
     """Whether `work` was done, in this time and without an error."""
     done = threading.Event()
 

@@ -259,6 +259,17 @@ class WriteBuffer:
                     reason=f"{count} of the writes it held {what}, the others are carried out",
                 )
 
+    @property
+    def leaves_ring(self) -> bool:
+        """Whether what another process has acknowledged stays where it is: the diff area that names
+        the ring is not there, is an old copy, or could not be read.
+        """
+        area, store = self._core.area, self._store
+        if self.ring is not None or store is None or self._decided:
+            return False
+        named = self._protection.saved if area is None or area.is_old else area.superblock
+        return named.ring != NO_RING and named.boot == store.boot
+
     def hold(self, error: FaultError) -> None:
         """An opening has found what forbids copies: all of it stays in the ring, for `online`
         (once the cause is mended) or for the next opening.

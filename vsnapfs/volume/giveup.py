@@ -10,6 +10,7 @@ named are carried out all the same.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..backing import Backing, FileBacking, Removed, sync_directory
@@ -68,6 +69,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     area = await in_thread(_format, volume, backing, maximum, epoch)
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
+                    if old is not None and backing is not old.backing:
+                        old.backing.close()
                     volume.buffer.forget_slots()
                     volume.buffer.is_taken()  # With what the lost area said it does not count now.
                     volume.room.promised.clear()
@@ -110,17 +113,22 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
 def _find_place(volume: Volume, old: DiffArea | None) -> Backing | None:
     """In a worker thread: where the new area goes, None: nothing is there. VsnapError, OSError."""
     if old is not None:
-        try:
+        # A removed one stays open: should this be refused, its points can still be read.
+        with suppress(Removed):
             old.backing.check_present()
             return old.backing
-        except Removed:
-            old.backing.close()
     configured = volume.config.diff_area
     path = VolumePaths(volume.directory, volume.config).diff_area
     try:
         backing = FileBacking.open(path, follow=leads_out(configured))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise VsnapError(
+            f"{path} is a symbolic link, which is not followed", hint="Move it away first."
+        ) from error
     try:
         if not _is_ours(volume, backing):
             raise VsnapError(

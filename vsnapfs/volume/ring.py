@@ -16,6 +16,7 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
     0      head: xxh3-64 over it, magic, version, size, ring id, volume id, device and inode of the
            replica, device of the tmpfs
     256    xxh3-64 of the next eight bytes, generation of the replica's inode (0: not known)
+    288    the same, number of its file system (0: not known)
     320    the same, generation of the superblock that named it when it was last taken over; again
            at 352, so that being killed between two bytes of one leaves the other
     384    xxh3-64 of the rest, newest generation and newest barrier of the diff area (zeros: not
@@ -49,7 +50,7 @@ RECORDS = 4096
 ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
-_BORN_AT, _TAKEN_AT, _AREA_AT = (256,), (320, 352), (384, 448)
+_BORN_AT, _SYSTEM_AT, _TAKEN_AT, _AREA_AT = (256,), (288,), (320, 352), (384, 448)
 _CURSORS = (512, 1024)
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
@@ -150,7 +151,8 @@ class Ring:
         head = head_of(len(memory), name, volume_id)
         memory[: len(head)] = head
         ring = cls(memory, name, fd)
-        ring._put_numbers(_BORN_AT, system << 32 | born)
+        ring._put_numbers(_BORN_AT, born)
+        ring._put_numbers(_SYSTEM_AT, system)
         ring._write_cursor(1, 0)
         return ring
 
@@ -183,12 +185,12 @@ class Ring:
     @property
     def born(self) -> int:
         """Of the replica it was made for, as in `backing.FileId`; 0 if that is not known."""
-        return self._numbers(_BORN_AT, 1)[0] & 0xFFFFFFFF
+        return self._numbers(_BORN_AT, 1)[0]
 
     @property
     def system(self) -> int:
         """Likewise: what tells the file system, or subvolume, of that replica."""
-        return self._numbers(_BORN_AT, 1)[0] >> 32
+        return self._numbers(_SYSTEM_AT, 1)[0]
 
     @property
     def taken(self) -> int:
@@ -369,9 +371,10 @@ class Ring:
         salt = self.name.ring_id[:8]
         for first, last, turn in ((place, self.capacity, 0), (0, place, self.capacity)):
             at = first - 1
-            while (
-                at := self.memory.find(salt, RECORDS + at + 9, RECORDS + last) - RECORDS - 8
-            ) >= 0:
+            # To the salt of the last head, no further: looking for bytes CPython reads one too far,
+            # and behind the last page of a mapping there may be nothing.
+            end_of_salts = RECORDS + last - ALIGN + 16
+            while (at := self.memory.find(salt, RECORDS + at + 9, end_of_salts) - RECORDS - 8) >= 0:
                 if at % ALIGN:
                     continue
                 position = self._tail - place + turn + at

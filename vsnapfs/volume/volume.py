@@ -552,6 +552,8 @@ class Volume:
         core, why = self.core, ""
         if not await self.buffer.finish():
             why = f"they could not be carried out: {self.buffer.stuck}"
+        elif self.buffer.leaves_ring:
+            why = "some may wait in a write buffer for the diff area that belongs to it"
         elif core.replica_failed:
             why = f"a sync of the replica has failed: {core.replica_error}"
         elif core.area is not None and not core.area.superblock.clean:
