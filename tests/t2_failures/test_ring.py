@@ -1190,6 +1190,13 @@ def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(
     rig.host.failures.clear()
     rig.killed()
 
+    async def is_ours(volume: Volume) -> None:
+        assert not volume.core.need_area().is_old
+
+    for _ in range(2):  # Killed before the ring is told of anything new.
+        rig.run(is_ours)
+        rig.killed()
+
     async def look_at_it(volume: Volume) -> None:
         assert not volume.core.need_area().is_old
         found = volume.status()
