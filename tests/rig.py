@@ -202,7 +202,8 @@ class Rig:
                 opened.append(area)
             except OSError as error:
                 problem = _why_not_open(Path("/sim/area"), error)
-            store = SimStore(host) if self.buffer else None
+            needs_boot = self.config.durability == "process"
+            store = SimStore(host) if self.buffer or needs_boot else None
             core = open_core(
                 "/sim", self.config, opened[0], area, opened[1], self.log, problem, False, store
             )

@@ -10,6 +10,9 @@ can be added, each for itself or together:
 * rot: between two lives a copy of something that exists twice is overwritten;
 * old copies: between two lives the state file, the diff area or all files are put back.
 
+Some volumes have durability "process". There a power failure, or a failed sync of the diff area,
+may spoil the points there were: those are suspect, an event says so, and all others stay exact.
+
 The model (`account`) keeps of each cell of the replica what may lie there, and what may be left
 there by a power failure; of each point the time between its question and its answer. A point must
 be what the cells were at one instant of that time, and stay it. After each life the volume is

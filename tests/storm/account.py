@@ -141,6 +141,10 @@ class Account:
         self.ring_removed = False
         #: Somebody was told that the volume is offline, and nobody has asked for `online` since.
         self.offline = False
+        #: With durability "process": points up to this number may be anything; and whether
+        #: something has happened since the last look for which more of them may be.
+        self.suspect = 0
+        self.may_be_spoilt = False
         self._onlines = self._numbers = 0
         self.adopt(bytes(size), durably=True)
 
@@ -233,6 +237,8 @@ class Account:
 
     def judge(self, number: int, point: Point, content: bytes) -> None:
         """The same as ever; or, read for the first time, what the cells were at one instant."""
+        if number <= self.suspect:
+            return
         if point.content is not None:
             if point.content != content:
                 at = next(at for at, byte in enumerate(content) if byte != point.content[at])

@@ -25,7 +25,7 @@ from vsnapfs.volume.overlay import Overlay
 from vsnapfs.volume.statefile import COPY_SIZE, STATE_SIZE
 
 from .account import Account
-from .clients import Clients, real_problems
+from .clients import Clients
 
 _ROT = b"rot!rot!" * 10
 
@@ -96,6 +96,7 @@ def put_back_all(clients: Clients, copies: Copies) -> None:
     host = clients.rig.host
     host.files = {name: _written(file) for name, file in copies.files.items()}
     clients.account = copy.deepcopy(copies.account)
+    clients.account.may_be_spoilt = clients.account.may_be_spoilt or copies.boot != host.boot
     clients.rig.log.events[:] = copies.events
     clients.say("all files put back", copies.boot == host.boot, copies.had_ring)
 
@@ -115,6 +116,7 @@ def look_at_old_area(clients: Clients, copies: Copies) -> None:
     Then the right one is put back. Where there was no difference that counts, the old one stays.
     """
     rig, account = clients.rig, clients.account
+    account.may_be_spoilt = account.may_be_spoilt or copies.boot != rig.host.boot
     right, log = rig.host.files["area"], rig.log
     rig.host.files["area"] = _written(copies.files["area"])
     rig.log = MemoryLog()
@@ -134,6 +136,8 @@ def look_at_old_area(clients: Clients, copies: Copies) -> None:
             known = account.points.get(point.number)
             with contextlib.suppress(OSError):
                 content = await read_point(volume, point.number)
+                if point.number <= volume.suspect:
+                    continue
                 if known is not None and known.content is not None:
                     account.judge(point.number, known, content)
         with contextlib.suppress(OSError):
@@ -204,8 +208,9 @@ def look_while_closed(clients: Clients) -> dict[int, bytes] | None:
             await nursery.start(volume.run)
             assert volume.protection.state == "closed"
             for point in volume.points:
-                seen[point.number] = await read_point(volume, point.number)
-            found = real_problems((await volume.verify())["problems"])
+                if point.number > volume.suspect:
+                    seen[point.number] = await read_point(volume, point.number)
+            found = clients.problems((await volume.verify())["problems"])
             assert not found or clients.damaged or clients.failing, found
             await volume.repair(dry_run=True)
             volume.status()

@@ -48,6 +48,15 @@ class Clients:
         #: A failure may have left a copy of something bad, and nothing was opened anew since.
         self.was_failing = False
 
+    def problems(self, found: list[dict[str, Any]], ignored: tuple[str, ...] = ()) -> list[Any]:
+        """`real_problems`, but for those that only hit points of which nothing is promised."""
+        suspect = self.account.suspect
+        return [
+            one
+            for one in real_problems(found, ignored)
+            if not one["points"] or max(one["points"]) > suspect
+        ]
+
     def say(self, what: str, *more: object) -> None:
         self.trace.append((self.account.time, what, *more))
         self.counts[what] += 1
@@ -72,6 +81,8 @@ class Clients:
         )
         if fired > self.lost_syncs:
             self.account.lossy, self.lost_syncs = True, fired
+        if any(one.fired and one.name == "area" for one in self.injected):
+            self.account.may_be_spoilt = True
 
     async def _asked(self, work: Awaitable[Any]) -> VsnapError | OSError | None:
         error = await attempt(work)
@@ -206,7 +217,8 @@ class Clients:
                 for _ in range(self.dice.randrange(20) if slowly else 0):
                     await trio.lowlevel.checkpoint()
         except OSError as error:
-            if error.errno == errno.ESTALE or (error.errno == errno.EIO and self.failing):
+            known = self.failing or number <= self.account.suspect
+            if error.errno == errno.ESTALE or (error.errno == errno.EIO and known):
                 return
             raise
         finally:
@@ -290,6 +302,8 @@ class Clients:
         point = account.points.get(number)
         if point is None or point.content is None or account.restoring is not None:
             return
+        if number <= account.suspect:
+            return  # With what?
         one = account.begin_restore(number, point.content)
         self.say("restore", number)
         error = await self._asked(volume.restore(number, force=self.dice.random() < 0.8))
@@ -314,7 +328,7 @@ class Clients:
 
     async def _verify(self, volume: Volume) -> None:
         with contextlib.suppress(VsnapError):
-            found = real_problems((await volume.verify())["problems"])
+            found = self.problems((await volume.verify())["problems"])
             assert not found or self.failing or self.was_failing or self.damaged, found
 
     # -- the way back ---------------------------------------------------------------------------
@@ -363,8 +377,8 @@ class Clients:
         if not volume.protection.is_online or any(e.fate == "asked" for e in one.entries):
             return
         account.restoring = None
-        if one.number not in account.points:
-            return  # Deleted by force: it never ends.
+        if one.number not in account.points or one.number <= account.suspect:
+            return  # Deleted by force: it never ends. Or nobody knows what it ends with.
         content = acknowledged(self.rig, volume)
         begun = one.entries[0].start
         for cell, entry in zip(account.cells, one.entries, strict=True):

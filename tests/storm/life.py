@@ -23,7 +23,7 @@ from vsnapfs.volume import Volume
 from . import between
 from .account import Account
 from .between import Copies
-from .clients import PATIENCE, Clients, real_problems
+from .clients import PATIENCE, Clients
 
 T = TypeVar("T")
 ENDS = ("kill", "kill", "power", "power", "close", "close at work", "goes on")
@@ -67,6 +67,8 @@ class Storm:
             "failures": dice.random() < 0.4,
             "rot": dice.random() < 0.3,
             "copies": dice.random() < 0.3,
+            # By dice of its own: a seed from before it was thought of is still the same storm.
+            "process": random.Random(f"process {seed}").random() < 0.25,
         }
         assert set(given) <= set(pick), given
         chosen = self.chosen = pick | given
@@ -79,6 +81,7 @@ class Storm:
             area_is_device=chosen["device"],
             zero_blocks=chosen["zero_blocks"],
             grow_timeout=600.0,
+            durability="process" if chosen["process"] else "power",
             seed=seed * 1000,
         )
         self.rig.clock = partial(trio.testing.MockClock, autojump_threshold=0)
@@ -162,6 +165,8 @@ class Storm:
         dice = self.dice
         file = dice.choice(["area", "area", "replica", "state"])
         operation = dice.choice(["write", "sync", "allocate", "truncate", "read", None])
+        if self.chosen["process"] and dice.random() < 0.5:
+            file, operation = "area", "sync"  # What this durability lives by.
         full = operation == "allocate" and dice.random() < 0.5
         failure = self.rig.host.fail(
             file,
@@ -213,6 +218,7 @@ class Storm:
         if volume is not None and volume.core.replica_failed:
             self.account.lossy = True
         if powerless:
+            self.account.may_be_spoilt = True
             rig.crashed(
                 self.dice.choice([nothing_kept, everything_kept, by_dice(self.dice.choice)])
             )
@@ -291,8 +297,10 @@ class Storm:
         if area is None or area.is_unread:
             return False
         assert not (account.offline and volume.protection.is_online), "online, and nobody asked"
+        self._look_at_suspects(volume)
         content = acknowledged(self.rig, volume)
-        if not (how.goes_on and core.replica_failed):
+        spoilt = account.restoring is not None and account.restoring.number <= account.suspect
+        if not (how.goes_on and core.replica_failed) and not spoilt:
             account.check(content, "afterwards", durable=how.powerless)
         await self._look_at_points(volume, how.seen)
         if not how.goes_on and not area.superblock.restoring:
@@ -310,9 +318,23 @@ class Storm:
             if not volume.protection.is_online and volume.points:
                 await clients.delete(volume, volume.points[0].number)
         ignored = _NO_CONSEQUENCE if self.clients.was_failing else ()
-        found = real_problems((await volume.verify())["problems"], ignored)
+        found = clients.problems((await volume.verify())["problems"], ignored)
         assert not found, found
         return True
+
+    def _look_at_suspects(self, volume: Volume) -> None:
+        """More points are suspect only for a reason, and not without a word."""
+        account, area = self.account, volume.core.need_area()
+        suspect = max(volume.suspect, area.spoilt)
+        assert suspect >= account.suspect, "points are suspect no more"
+        if suspect > account.suspect:
+            assert self.chosen["process"]
+            assert account.may_be_spoilt, f"points up to {suspect} are suspect, and why?"
+            told = any(event == 1045 for _, event, _ in self.rig.log.events)
+            hit = any(point.number <= suspect for point in volume.points)
+            assert told or not hit, f"points up to {suspect} are suspect without a word"
+            self.clients.say("suspect", suspect)
+        account.suspect, account.may_be_spoilt = suspect, False
 
     async def _look_at_points(self, volume: Volume, seen: dict[int, bytes] | None) -> None:
         account = self.account
@@ -328,16 +350,25 @@ class Storm:
             assert number in gone, f"point {number} is lost without a word"
             del account.points[number]
         for number in live:
-            handle = volume.open_point(number)
-            content = bytes(await handle.read(0, account.size))
-            handle.close()
+            content = await self._content(volume, number)
             if number in account.points:
                 account.judge(number, account.points[number], content)
             else:
                 account.appeared(number, content)
-            if seen is not None:
+            if seen is not None and number > account.suspect:
                 assert seen.get(number) == content, f"point {number} was another while closed"
         account.forget_requests()
+
+    async def _content(self, volume: Volume, number: int) -> bytes:
+        handle = volume.open_point(number)
+        try:
+            return bytes(await handle.read(0, self.account.size))
+        except OSError:
+            if number > self.account.suspect:
+                raise
+            return b""
+        finally:
+            handle.close()
 
     def _come_online(self) -> None:
         """What could not be brought online can be once it is opened anew."""

@@ -23,6 +23,7 @@ from explorer.ring_mutants import (
 
 from vsnapfs.backing import Bytes
 from vsnapfs.diffarea.area import DiffArea
+from vsnapfs.diffarea.store import AreaStore
 from vsnapfs.volume import buffer, opening
 from vsnapfs.volume.adoption import adopt
 from vsnapfs.volume.core import in_thread
@@ -66,9 +67,28 @@ def the_ring_of_another_time(patch: Patch) -> None:
     patch(buffer, "adopt", broken)
 
 
+def a_power_failure_spoils_nothing(patch: Patch) -> None:
+    """With durability "process" copies lost with the power are believed."""
+    patch(opening, "_look_at_boot", lambda _area, _report, _boot: None)
+
+
+def a_failed_sync_spoils_nothing(patch: Patch) -> None:
+    """With durability "process" copies lost by a failed sync are believed."""
+    sync = AreaStore._sync
+
+    def broken(self: AreaStore) -> None:
+        relaxed, self.relaxed = self.relaxed, False
+        try:
+            sync(self)
+        finally:
+            self.relaxed = relaxed
+
+    patch(AreaStore, "_sync", broken)
+
+
 #: In how many seeds, from 0 on, a storm must find each.
 WITHIN = 30
-PLAIN: dict[str, Any] = {"failures": False, "rot": False, "copies": False}
+PLAIN: dict[str, Any] = {"failures": False, "rot": False, "copies": False, "process": False}
 #: What a storm is given for it.
 MUTANTS: dict[Callable[[Patch], None], dict[str, Any]] = {
     no_sync_in_barrier: PLAIN,
@@ -80,5 +100,9 @@ MUTANTS: dict[Callable[[Patch], None], dict[str, Any]] = {
     a_failed_copy_holds_up_nothing: PLAIN | {"failures": True, "buffer": 65536},
     sectors_are_not_healed: PLAIN | {"rot": True},
     an_old_area_is_as_good: PLAIN | {"copies": True},
+    a_power_failure_spoils_nothing: PLAIN | {"process": True},
+    a_failed_sync_spoils_nothing: PLAIN
+    | {"process": True, "failures": True, "ends": ("kill",), "on_full": "offline"}
+    | {"extra": 40, "buffer": 0},
     the_ring_of_another_time: PLAIN | {"copies": True, "buffer": 65536, "ends": ("kill",)},
 }

@@ -1135,16 +1135,52 @@ def test_a_sync_that_failed_with_durability_process_makes_points_suspect(
     assert 1045 not in sound.log.ids("vsnapfs")
 
 
-@pytest.mark.parametrize("policy", ["offline", "evict"])
-def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: str) -> None:
-    """What is lost with it is known all the same once the disk works again, and the ring, which was
-    told of barriers that no disk has seen, does not take the area for an old copy.
-    """
-    rig = made(durability="process", on_full=policy)
+def test_points_that_were_suspect_already_and_the_first_sync_of_an_opening_fails() -> None:
+    """With durability "process". The opening after it does not take the area for an old copy."""
+    rig = made(durability="process")
+    rig.run(write_at, 7 * BLOCK, NEW)
+    rig.crashed()
 
     async def go(volume: Volume) -> None:
-        await write_at(volume, 0, NEW * 3)
-        await flush(volume)
+        for block in (0, 1, 2):
+            await write_at(volume, block * BLOCK, NEW)
+            await flush(volume)
+
+    rig.run(go)
+    for _ in range(2):
+        rig.killed()
+        rig.host.fail("area", "sync", errno.EIO)
+        rig.run(_nothing)
+    rig.killed()
+
+    async def look_at_it(volume: Volume) -> None:
+        assert not volume.core.need_area().is_old
+        assert volume.protection.fault is not None
+        await volume.online()
+        assert volume.status()["suspect_points"] == 1
+
+    rig.run(look_at_it)
+    assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "after-a-power-failure"])
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(
+    policy: str, before: bool
+) -> None:
+    """What is lost with it is known all the same once the disk works again, and the ring, which was
+    told of barriers that no disk has seen, does not take the area for an old copy. Not even where
+    no more points became suspect, for all of them were.
+    """
+    rig = made(durability="process", on_full=policy)
+    if before:
+        rig.run(write_at, 7 * BLOCK, NEW)
+        rig.crashed()
+
+    async def go(volume: Volume) -> None:
+        for block in (0, 1, 2):  # The last of these barriers is followed by no commit.
+            await write_at(volume, block * BLOCK, NEW)
+            await flush(volume)
         rig.host.fail("area", "sync", errno.EIO, times=FOREVER)
         assert await attempt(volume.delete_point(1)) is not None
         await attempt(write_at(volume, 4 * BLOCK, NEW))
@@ -1154,8 +1190,15 @@ def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: s
     rig.host.failures.clear()
     rig.killed()
 
+    async def is_ours(volume: Volume) -> None:
+        assert not volume.core.need_area().is_old
+
+    for _ in range(2):  # Killed before the ring is told of anything new.
+        rig.run(is_ours)
+        rig.killed()
+
     async def look_at_it(volume: Volume) -> None:
-        assert volume.protection.fault is None or int(volume.protection.fault.code) != 15
+        assert not volume.core.need_area().is_old
         found = volume.status()
         assert found["suspect_points"] == found["recovery_points"] == (policy == "offline")
         if policy == "offline":
@@ -1168,7 +1211,7 @@ def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(policy: s
     rig.run(look_at_it)
     rig.close()
     rig.run(_nothing)
-    assert rig.log.ids("vsnapfs").count(1045) == 1
+    assert rig.log.ids("vsnapfs").count(1045) == 1 + before
 
 
 def test_what_recovery_found_is_told_by_online_if_the_opening_found_a_fault() -> None:
