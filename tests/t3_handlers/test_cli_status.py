@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_giving_up_is_only_offered_where_the_area_may_be_lost(volume: Path) -> N
         if "--give-up" in "\n".join(status_text.way_out(status_of(volume, fault=fault(code))))
     }
     assert offered == {1, 3, 14, 15}
+
+
+@pytest.mark.parametrize("code", [7, 13])
+def test_a_host_without_room_is_no_broken_disk(volume: Path, code: int) -> None:
+    """A copy or commit that is refused for lack of space says so; any other says: look at dmesg."""
+    for number, said in ((errno.EDQUOT, "quota"), (errno.ENOSPC, "Free space"), (5, "dmesg")):
+        status = status_of(volume, fault=fault(FaultCode(code), errno=number))
+        assert said in "\n".join(status_text.way_out(status))
 
 
 @pytest.mark.parametrize("code", [1, 12])

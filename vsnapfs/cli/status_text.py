@@ -7,6 +7,7 @@ version's server.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from typing import Any
@@ -28,6 +29,8 @@ _FREE_HOST = (
     "       or: vsnapfs recovery-point delete {v} oldest",
 )
 _CHECK_DISK = ("Look for disk errors in the log of this machine (dmesg); repair what it names.",)
+# A host that cannot reserve refuses what it had promised: no disk is broken.
+_NO_SPACE = ("Free space on the file system that holds the volume, or raise its quota.",)
 _GIVE_UP = ("If it is lost for good: vsnapfs online {v} --give-up-recovery-points",)
 _SAVE = ("Save what can be read: vsnapfs recovery-point export {v} POINT FILE",)
 _BRING_BACK = ("Bring {area} back: mount its disk, or move the file to where it was.",)
@@ -69,6 +72,8 @@ _WAYS_OUT: dict[int, tuple[str, ...]] = {
         *_GIVE_UP,
     ),
 }
+
+_DISK = (FaultCode.COW_WRITE_FAILURE, FaultCode.IO_FAILURE)
 
 
 def sizes(area: dict[str, Any]) -> str:
@@ -267,6 +272,8 @@ def way_out(status: dict[str, Any]) -> list[str]:
     }
     steps = [line.format(**names) for line in _WAYS_OUT.get(status["fault"].get("code"), ())]
     code = status["fault"].get("code")
+    if code in _DISK and status["fault"].get("errno") in (errno.ENOSPC, errno.EDQUOT):
+        steps = list(_NO_SPACE)
     readable = "Until then every recovery point stays readable."
     closed = area.get("allocated") is None  # The area is not open: nothing can be read from it.
     if code == FaultCode.DIFF_AREA_MISSING:
