@@ -361,6 +361,8 @@ class Clients:
 
     def look_after_loss(self, volume: Volume) -> None:
         """The replica has been opened anew: it shows what the disk has."""
+        if self.account.restoring is not None:
+            return  # It may have written already, or not.
         content = acknowledged(self.rig, volume)
         self.account.check(content, "after a loss")
         self.account.adopt(content, afresh=False)

@@ -261,7 +261,8 @@ class Storm:
         dice, clients = self.dice, self.clients
         sound = not clients.failing and not clients.was_failing
         if self.chosen["copies"] and sound:
-            copies = self.copied_in_use
+            # With durability "process" one that was made since the last commit is not noticed.
+            copies = None if self.chosen["process"] else self.copied_in_use
             if copies and clients.rig.host.memory and not self.account.ring_removed:
                 clients.say("copy of what was in use")
                 between.look_at_old_area(clients, copies)

@@ -294,6 +294,10 @@ def test_a_lazy_unmount_serves_its_last_user(box: Box) -> None:
             box.call("stop")
         assert caught.value.errno == errno.EBUSY
         assert alive(pid)
+        for command in ("umount", "attach"):
+            said = vsnapfs(command, box.volume, code=1)
+            assert f"is served by process {pid}, but is mounted nowhere" in said
+            assert "SIGTERM" in said
     assert wait_for(lambda: not alive(pid))
     box.mount()
     assert box.replica.read_bytes()[:4] == b"late"
@@ -344,7 +348,7 @@ def test_a_moved_volume_is_unmounted_by_its_new_name(box: Box, tmp_path: Path) -
     moved = tmp_path / "moved"
     box.volume.rename(moved)
     try:
-        vsnapfs("umount", moved)
+        assert "died" not in vsnapfs("umount", moved)
     finally:
         moved.rename(box.volume)
     assert mounts.mount_of(box.volume) is None

@@ -88,8 +88,15 @@ def mounted_elsewhere(volume: Path) -> VsnapError | None:
     from vsnapfs.daemon import client
 
     pid = client.server_pid(volume)
-    if not pid or not _in_another_namespace(pid):
+    if not pid:
         return None
+    if not _in_another_namespace(pid):
+        return VsnapError(
+            f"{shown(volume)} is served by process {pid}, but is mounted nowhere any more",
+            hint="If it does not end by itself, a file of it is still open (umount -l does not "
+            "wait for that). SIGTERM to that process closes the volume.",
+            code="mounted-elsewhere",
+        )
     return VsnapError(
         f"{shown(volume)} is mounted in another mount namespace (process {pid})",
         hint=f"Go there: nsenter --mount --target {pid}. SIGTERM to that process unmounts it.",

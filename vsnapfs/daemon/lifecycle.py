@@ -87,7 +87,11 @@ async def open_volume(plan: Plan, **options: Any) -> Volume:
             if pid is not None and (mount or trio.current_time() > give_up):
                 where = f", mounted on {shown(mount.mountpoint)}" if mount else ""
                 raise BusyError(
-                    f"{shown(plan.directory)} is served by process {pid} already{where}"
+                    f"{shown(plan.directory)} is served by process {pid} already{where}",
+                    hint=""
+                    if mount
+                    else "It is closing the volume, or a file of it is still open after umount -l. "
+                    "SIGTERM to that process closes it.",
                 ) from error
             if trio.current_time() > give_up:
                 raise client.with_holder(error, plan.directory) from None

@@ -64,7 +64,7 @@ class Mount:
     @cached_property
     def stale(self) -> bool:
         """Whether the serving process has died. Asked once; a stuck server is not a dead one."""
-        return _errno_of_asking(self.mountpoint) in (errno.ENOTCONN, errno.ECONNABORTED)
+        return is_dead(self.mountpoint)
 
 
 def all_mounts() -> list[Mount]:
@@ -115,6 +115,11 @@ def _unescaped(field: bytes) -> str:
     return os.fsdecode(raw)
 
 
+def is_dead(mountpoint: Path) -> bool:
+    """Whether the process that serves this mount has died, now."""
+    return _errno_of_asking(mountpoint) in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
 def _errno_of_asking(path: Path) -> int:
     """The errno of statvfs(path), 0 if it succeeds, ETIMEDOUT if there is no answer.
 
@@ -157,10 +162,11 @@ def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> bool:
     except VsnapError as error:
         if error.code not in ("not-mounted", "no-volume", "not-volume"):
             raise
-    # No server answers for the volume's directory (moved or removed under a live mount, or dead
-    # since we looked).
-    unmount_now(mount.mountpoint)
-    return False
+    # No server answers for the volume's directory and this mount: moved, removed, or bound here
+    # under a live mount; or it is dead since we looked.
+    dead = is_dead(mount.mountpoint)
+    unmount_now(mount.mountpoint, lazy=dead)
+    return not dead
 
 
 def clean_stale(mount: Mount) -> None:

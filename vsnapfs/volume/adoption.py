@@ -136,8 +136,7 @@ def _refuse_old(area: DiffArea, ring: Ring) -> None:
     if area.superblock.generation < generation:
         behind = f"generation {area.superblock.generation}, {generation}"
     # Of an area that is damaged the newest sectors may be gone; nothing is preserved in it anyway.
-    # So they may be after a failed sync with durability "process".
-    elif area.barrier_number < barrier and area.is_sound and not _may_have_lost(area, generation):
+    elif area.barrier_number < barrier and area.is_sound:
         behind = f"barrier {area.barrier_number}, {barrier}"
     else:
         return
@@ -147,14 +146,6 @@ def _refuse_old(area: DiffArea, ring: Ring) -> None:
         FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
         f"the diff area ends with {behind} was written before: an old copy of it has been put back",
     )
-
-
-def _may_have_lost(area: DiffArea, told: int) -> bool:
-    """told: the generation that the ring knows. A commit that it was not told of, for the process
-    was killed first, may have recorded what was lost.
-    """
-    superblock = area.superblock
-    return area.spoilt > 0 or (superblock.suspect > 0 and superblock.generation > told)
 
 
 def _refuse_elsewhere(name: RingName, here: FileId) -> None:

@@ -234,7 +234,10 @@ class WriteBuffer:
         """
         if self.ring is not None and self._is_taken and not self._core.dry_run:
             area = self._core.need_area()
-            self.ring.note_area(area.superblock.generation, area.barrier_number)
+            # With durability "process" a barrier is not synced: a later sync that fails loses it,
+            # and the right area would look like an old copy.
+            barrier = 0 if area.relaxed else area.barrier_number
+            self.ring.note_area(area.superblock.generation, barrier)
 
     def is_taken(self) -> None:
         """The superblock that names it again is durable: with an older one it does not count."""
