@@ -23,7 +23,7 @@ from unsynced import SECTOR, Sectors, overwritten, sectors_of
 
 from vsnapfs.errors import FormatError
 from vsnapfs.volume import Volume
-from vsnapfs.volume.ring import RECORDS, Ring, read_head
+from vsnapfs.volume.ring import CURSORS, RECORDS, Ring, read_head
 from vsnapfs.volume.statefile import COPY_SIZE
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 #: An odd size; any write of the judge fits.
 SIZE = RECORDS + 16 * (BLOCK + 64) + 33
-#: (offset, length) in the ring: head, which file the replica is, what it was told, both cursors.
-_HEAD, _BORN, _TOLD, _CURSORS = (0, 96), (256, 48), (320, 152), ((512, 24), (1024, 24))
+#: (offset, length) in the ring: head, which file the replica is, what it was told, the cursors.
+_HEAD, _BORN, _TOLD = (0, 96), (256, 48), (320, 152)
+_CURSORS = [(at, 24) for pair in CURSORS for at in pair]
 
 
 def fill(rig: Rig, contents: dict[int, bytes]) -> None:
@@ -164,7 +165,7 @@ class Watch:
         mutator.said.append(f"the ring has {size} bytes")
 
     def _cursor(self, memory: bytearray, mutator: Mutator, dice: random.Random) -> None:
-        for at in dice.choice(((512,), (1024,), (512, 1024))):
+        for at in dice.choice((*CURSORS, sum(CURSORS, ()), *((at,) for at, _ in _CURSORS))):
             if len(memory) >= RECORDS:
                 few = (1, 63, 64, len(memory) - RECORDS, 2**64 - 64, 2**63)
                 self._number(memory, at + dice.choice((8, 16)), "Q", mutator, *few)

@@ -33,7 +33,7 @@ from vsnapfs.diffarea.layout import Layout
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FaultError, FormatError, VsnapError
 from vsnapfs.volume import Volume
-from vsnapfs.volume.ring import RECORDS, Ring
+from vsnapfs.volume.ring import CURSORS, RECORDS, Ring
 
 SIZE = 8 * BLOCK
 OLD, NEW = pattern(1, SIZE), pattern(2, BLOCK)
@@ -554,6 +554,82 @@ def test_looking_for_records_ends_inside_the_memory(size: int) -> None:
         assert len(list(Ring.found(memory, NAME, b"v" * 16).records())) == 1
         ring.release(record)
         assert not list(Ring.found(memory, NAME, b"v" * 16).records())
+
+
+@pytest.mark.parametrize("rot", [bytes(512), b"\xa5" * 512], ids=["zeros", "noise"])
+@pytest.mark.parametrize("released", range(4))
+def test_a_rotted_sector_before_the_records_brings_nothing_back(released: int, rot: bytes) -> None:
+    """Whichever it is: what was released is not found again, and what was not is, or the ring is
+    none.
+    """
+    memory = bytearray(RECORDS + 8192)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(released):
+        record = ring.append(number, b"old")
+        assert record is not None
+        ring.release(record)
+    assert ring.append(99, b"new") is not None
+    for at in range(0, RECORDS, len(rot)):
+        rotted = memory[:at] + rot + memory[at + len(rot) :]
+        try:
+            again = Ring.found(rotted, NAME, b"v" * 16)
+        except FormatError:
+            assert at == 0  # The head, of which there is one.
+        else:
+            assert [r.offset for r in again.records()] == [99]
+
+
+def test_a_cursor_and_its_twin_that_rotted_are_no_older_cursor() -> None:
+    """The other pair may be from before what has been carried out: the ring is none."""
+    memory = bytearray(RECORDS + 8192)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(2):
+        record = ring.append(number, b"old")
+        assert record is not None
+        ring.release(record)
+    for pair in CURSORS:
+        rotted = bytearray(memory)
+        for at in pair:
+            rotted[at] ^= 1
+        with pytest.raises(FormatError):
+            Ring.found(rotted, NAME, b"v" * 16)
+
+
+def test_a_cursor_torn_by_a_kill_leaves_the_one_before() -> None:
+    """Whichever byte was the last: the record that was being released, or nothing, is found."""
+    memory = bytearray(RECORDS + 8192)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(3):
+        record = ring.append(number, b"old")
+        assert record is not None
+        before = bytes(memory)
+        ring.release(record)
+        changed = [at for at in range(RECORDS) if memory[at] != before[at]]
+        assert changed
+        for at in changed:
+            torn = bytearray(before)
+            torn[:at] = memory[:at]
+            assert [r.offset for r in Ring.found(torn, NAME, b"v" * 16).records()] in ([], [number])
+
+
+@pytest.mark.parametrize("place", [at for pair in CURSORS for at in pair])
+def test_a_rotted_cursor_does_not_cost_a_newer_write(place: int) -> None:
+    """A batch was carried out and its block written again, beside the ring: that write stays."""
+    rig = made()
+    newer = pattern(3, BLOCK)
+
+    async def write_and_go(volume: Volume) -> None:
+        await write_at(volume, 0, NEW)
+        await flush(volume)
+        await write_at(volume, 0, newer)
+        assert not volume.buffer.pending
+
+    rig.run(write_and_go)
+    rig.killed()
+    (memory,) = rig.host.memory.values()
+    memory[place : place + 24] = b"\xa5" * 24
+    assert content(rig) == newer + OLD[BLOCK:]
+    assert lost(rig) == 0
 
 
 def test_a_note_torn_by_a_kill_leaves_the_one_before() -> None:

@@ -18,7 +18,7 @@ import pytest
 from vsnapfs.backing import FileBacking, FileId, file_system_type
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FormatError, VsnapError
-from vsnapfs.volume.ring import RECORDS, Ring
+from vsnapfs.volume.ring import CURSORS, RECORDS, Ring
 from vsnapfs.volume.shm import SharedMemory, Unusable
 
 SHM = Path("/dev/shm")
@@ -143,7 +143,7 @@ def test_a_ring_of_which_both_cursors_rotted_is_none(volume_id: bytes) -> None:
     """As for any other that is surely bad: FormatError, and tidying leaves it where it is."""
     store = SharedMemory((SHM,))
     ring = store.make(SIZE, volume_id, REPLICA)
-    for at in (512, 1024):
+    for at in (place for pair in CURSORS for place in pair):
         ring.memory[at : at + 24] = b"x" * 24
     ring.close()
     with pytest.raises(FormatError):

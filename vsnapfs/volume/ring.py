@@ -21,8 +21,10 @@ business, who may use which `adoption`'s, and when it is emptied `buffer`'s.
            at 352, so that being killed between two bytes of one leaves the other
     384    xxh3-64 of the rest, newest generation and newest barrier of the diff area (zeros: not
            told yet); again at 448
-    512    cursor, first copy      the oldest record not released: its sequence number and position
-    1024   cursor, second copy     (written in turn; the valid one with the higher number counts)
+    512    first cursor    the oldest record not released: its sequence number and position
+    1024   second cursor   (written in turn; the valid one with the higher number counts)
+    1536   twin of the first, written after it: were the newer cursor lost, the older would bring
+    2048   back what has been overwritten since. Twin of the second
     4096   records                 64-byte head, data, padded to 64 bytes; the space is used in turn
 
 A record's head: xxh3-64 of the rest of it, eight bytes of the ring id, sequence number, offset in
@@ -51,7 +53,7 @@ ALIGN = 64
 
 _HEAD = struct.Struct("<8sIIQ16s16s3Q")
 _BORN_AT, _SYSTEM_AT, _TAKEN_AT, _AREA_AT = (256,), (288,), (320, 352), (384, 448)
-_CURSORS = (512, 1024)
+CURSORS = ((512, 1536), (1024, 2048))
 _CURSOR = struct.Struct("<QQQ")  # checksum, sequence number, position
 _RECORD = struct.Struct("<QQQQQI")  # checksum, ring, sequence number, offset, data's hash, length
 _TURN = 2**32 - 1
@@ -242,26 +244,34 @@ class Ring:
     @property
     def is_unused(self) -> bool:
         """Whether it was never finished: whoever made it died before anything could name it."""
-        return not any(any(self.view[at : at + _CURSOR.size]) for at in _CURSORS)
+        return not any(any(self.view[at : at + _CURSOR.size]) for pair in CURSORS for at in pair)
 
     def _find_cursor(self) -> None:
         found = []
-        for turn, offset in enumerate(_CURSORS):
-            check, sequence, position = _CURSOR.unpack_from(self.memory, offset)
-            is_possible = 0 < sequence <= MAX_COUNTER and position <= MAX_COUNTER
-            is_whole = check == _hash(self.view[offset + 8 : offset + _CURSOR.size])
-            if is_whole and is_possible and position % ALIGN == 0:
-                found.append((sequence, position, turn))
+        for turn, pair in enumerate(CURSORS):
+            whole = [cursor for at in pair if (cursor := self._cursor_at(at))]
+            if not whole and all(any(self.view[at : at + _CURSOR.size]) for at in pair):
+                # It may be the newer one. (A kill leaves one of the two whole, or never written.)
+                raise FormatError("a cursor of the write buffer and its twin fail their checksum")
+            found += [(*cursor, turn) for cursor in whole]
         if not found:
-            raise FormatError("both cursors of the write buffer fail their checksum")
+            raise FormatError("the write buffer has no cursor")
         self._sequence, self._start, turn = max(found)
         self._tail, self._turn = self._start, 1 - turn
 
+    def _cursor_at(self, offset: int) -> tuple[int, int] | None:
+        """Sequence number, position; None if it is not whole, or none that a ring can have."""
+        check, sequence, position = _CURSOR.unpack_from(self.memory, offset)
+        if check != _hash(self.view[offset + 8 : offset + _CURSOR.size]):
+            return None
+        is_possible = 0 < sequence <= MAX_COUNTER and position <= MAX_COUNTER
+        return (sequence, position) if is_possible and position % ALIGN == 0 else None
+
     def _write_cursor(self, sequence: int, position: int) -> None:
-        offset = _CURSORS[self._turn]
         body = struct.pack("<QQ", sequence, position)
         whole = struct.pack("<Q", _hash(body)) + body
-        self._put(offset, whole)
+        for offset in CURSORS[self._turn]:
+            self._put(offset, whole)
         self._turn = 1 - self._turn
 
     # -- appending ------------------------------------------------------------------------------
