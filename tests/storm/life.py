@@ -308,7 +308,8 @@ class Storm:
             account.restoring = None  # Ended by this opening, or never begun.
         if account.restoring is None and not core.replica_failed:
             account.adopt(content, durably=how.durably)
-            account.lossy = account.ring_removed = False
+            account.lossy = False
+            account.ring_removed &= how.goes_on  # Its place is taken with the next write, if ever.
         volume.check_invariants()
         sizes = volume.status()["diff_area"]
         assert sizes["used"] <= sizes["allocated"] <= sizes["maximum"], sizes
