@@ -341,6 +341,9 @@ print(look(beside))
 subprocess.run(["mount", "--bind", beside, inside], check=True)
 print(look(top))
 subprocess.run(["umount", inside], check=True)
+subprocess.run(["mount", "--bind", beside, beside], check=True)
+print(look(top))
+subprocess.run(["umount", beside], check=True)
 next(inside.iterdir()).unlink()
 print(look(top), look(beside))
 """
@@ -357,8 +360,9 @@ def test_what_a_mount_hides_or_lies_beside_is_not_gone(tmp_path: Path) -> None:
         *(sys.executable, _HIDE, tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    beside, hidden, gone = done.stdout.splitlines()
+    beside, hidden, seen, gone = done.stdout.splitlines()
     assert f"it lies in {tmp_path}/inside" in beside
+    assert f"it lies in {tmp_path}/inside" in seen
     assert "cannot be seen from here" in hidden
     assert gone == "gone gone"
 

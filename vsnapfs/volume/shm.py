@@ -162,13 +162,13 @@ class SharedMemory:
 
     def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.find`."""
-        whole: list[Path] = []
+        tops: list[tuple[Path, bool]] = []
         seen = False
         for directory in self._directories:
             with suppress(OSError):
                 if directory.stat().st_dev == name.memory:
                     seen = True
-                    whole += _all_of(directory)
+                    tops += _tops_of(directory)
             path = _path(directory, name, volume_id)
             try:
                 fd = _open(path)
@@ -182,11 +182,11 @@ class SharedMemory:
                 raise
             os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
         hint = "Open the volume where it was served, with the same /dev/shm."
-        for top in whole:
+        for top, _ in tops:
             if deeper := _may_hold(top, path.name, name.memory):
                 # What a sandbox had over its /dev/shm may be a subdirectory of this one.
                 raise Unusable(f"it lies in {deeper}, or may: it was not made in {top}", hint)
-        if whole or not name.memory:
+        if any(is_all for _, is_all in tops) or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
         raise Unusable(
@@ -269,8 +269,9 @@ def _path(directory: Path, name: RingName, volume_id: bytes) -> Path:
     return directory / f"vsnapfs-{volume_id.hex()}-{name.ring_id.hex()}"
 
 
-def _all_of(directory: Path) -> list[Path]:
-    """The top of the file system that holds the directory, if all of that can be seen below it.
+def _tops_of(directory: Path) -> list[tuple[Path, bool]]:
+    """The top of the file system that holds the directory, if that is mounted here; and whether all
+    of it can be seen below that.
 
     A sandbox may have only a subdirectory of the machine's /dev/shm there, under the same device
     number, or something mounted over one; or it is itself no more than a directory of a tmpfs that
@@ -286,7 +287,7 @@ def _all_of(directory: Path) -> list[Path]:
     mounts = _fields(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"))
     tops = [Path(fields[4]) for fields in mounts if fields[:1] == [mount] and fields[3] == "/"]
     hidden = any(fields[1:2] == [mount] for fields in mounts)
-    return [top for top in tops if not hidden and top.stat().st_dev == device]
+    return [(top, not hidden) for top in tops if top.stat().st_dev == device]
 
 
 def _may_hold(top: Path, wanted: str, device: int) -> str:
