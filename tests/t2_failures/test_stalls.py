@@ -435,3 +435,23 @@ def test_a_growth_ahead_takes_enough_not_to_begin_again_at_once() -> None:
         assert scene.rig.host.counts["area", "allocate"] <= before + 2
 
     scene.run(main)
+
+
+@BUFFERS
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_write_waits_no_longer_once_points_are_deleted(policy: str, buffer: int) -> None:
+    """It needs no copy then, or has room for it: whatever the host does, that is no fault (P2)."""
+    scene = used_up(policy, buffer=buffer, grow_timeout=600.0)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        for point in volume.points:
+            await volume.delete_point(point.number)
+        scene.points.clear()
+        await writing.ended()
+        assert bytes(await read_replica(volume))[: len(NEW)] == NEW
+        growing.go()
+
+    while_it_stalls(scene, schedule)
+    assert scene.ids() == []
+    assert scene.fault is None
+    scene.exact()

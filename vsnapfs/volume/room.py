@@ -130,8 +130,10 @@ class Room:
             )
 
     async def _grow_for(self, count: int) -> None:
-        """Wait for a growth, once, if `count` slots are not free."""
-        area = self._core.need_area()
+        """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
+        there may be room, or no copy is needed any more.
+        """
+        area, points = self._core.need_area(), self._core.points
         if area.slots.free >= count:
             return
         if area.growable_slots == 0 or area.slots.free + area.growable_slots < count:
@@ -145,16 +147,18 @@ class Room:
         growth.waiting += 1
         growth.waited += 1
         try:
-            if not growth.ended.is_set():
+            while not growth.ended.is_set():
                 await growth.news.wait()
+                if not self._policy.is_online or not set(points) <= set(self._core.points):
+                    return
         finally:
             growth.waiting -= 1
         if growth.error is not None and area.slots.free < count:
             raise growth.error
 
     def _state_changed(self) -> None:
-        """Who waits when the volume goes offline is to be refused, not held."""
-        if self._growth is not None and not self._policy.is_online:
+        """Whoever waits is to be refused when the volume goes offline, not held; or looks again."""
+        if self._growth is not None:
             self._growth.wake()
 
     def taken(self, count: int) -> None:
