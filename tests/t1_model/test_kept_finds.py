@@ -99,6 +99,14 @@ def a_device_that_grows_after_a_failed_barrier(state: Any) -> None:
     state.resize(slots=1)
 
 
+def a_creation_after_a_number_that_a_failure_used_up(state: Any) -> None:
+    """The model looked for the number before, and took the point for one too many."""
+    state.make(size=50152, extra=0, tight=None, device=False, stall=0, seed=0)
+    state.write_while_the_area_fails(at=0, length=1, nth=1, operation="write", times=FOREVER)
+    state.the_end_comes_during_the_next(after=15, how="kill", seed=0)
+    state.create()
+
+
 FINDS = [
     (many_small_writes_of_one_sector, VolumeMachine),
     (many_small_writes_of_one_sector, BufferedMachine),
@@ -110,6 +118,8 @@ FINDS = [
     (a_shrink_after_a_failed_barrier, VolumeMachine),
     (a_device_that_grows_after_a_failed_barrier, VolumeMachine),
     (carried_out_twice, BufferedMachine),
+    (a_creation_after_a_number_that_a_failure_used_up, EvictingMachine),
+    (a_creation_after_a_number_that_a_failure_used_up, EvictingBufferedMachine),
 ]
 
 

@@ -580,9 +580,10 @@ class VolumeMachine(RuleBasedStateMachine):
         async def look(volume: Volume) -> None:
             model, protection = self.model, volume.protection
             live = [point.number for point in volume.points]
-            if flight.created and model.newest + 1 in live:
-                model.newest += 1
-                model.points[model.newest] = bytes(model.content)
+            number = max(model.newest, self.given_up(volume)) + 1
+            if flight.created and number in live:
+                model.newest = number
+                model.points[number] = bytes(model.content)
             if flight.created:
                 model.newest = volume.core.need_area().superblock.epoch
             for number in flight.deleted - set(live):

@@ -270,7 +270,8 @@ assert found.file_system == "{0}:{1}".format(os.major(found.device), os.minor(fo
 table = openers._mount_points()
 assert openers._mount_of(str(place / "file"), table) == (found.file_system, "tmpfs")
 assert openers._mount_of("/", table)[0] != "-"
-shm._shows_all(Path("/dev/shm"))
+assert shm._all_of(place) == [place]
+assert shm._all_of(Path("/dev/shm")) is not None
 """
 
 

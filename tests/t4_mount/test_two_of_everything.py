@@ -319,6 +319,50 @@ def test_a_part_of_the_tmpfs_in_its_place_is_no_proof_that_a_ring_is_gone(base: 
     carried_out(volume)
 
 
+_HIDE = """
+import subprocess, sys
+from pathlib import Path
+from vsnapfs.backing import FileId
+from vsnapfs.volume.shm import SharedMemory, Unusable
+top, replica = Path(sys.argv[1]), FileId(1, 2, 0)
+inside, beside = top / "inside", top / "beside"
+inside.mkdir()
+beside.mkdir()
+ring = SharedMemory((inside,)).make(1 << 20, b"v" * 16, replica)
+ring.close()
+def look(directory):
+    try:
+        SharedMemory((directory,)).find(ring.name, b"v" * 16, replica)
+    except FileNotFoundError:
+        return "gone"
+    except Unusable as error:
+        return error.reason
+print(look(beside))
+subprocess.run(["mount", "--bind", beside, inside], check=True)
+print(look(top))
+subprocess.run(["umount", inside], check=True)
+next(inside.iterdir()).unlink()
+print(look(top), look(beside))
+"""
+
+
+@needs_root
+def test_what_a_mount_hides_or_lies_beside_is_not_gone(tmp_path: Path) -> None:
+    """A ring that a sandbox made in a directory of a tmpfs is not gone where something is mounted
+    over that directory, nor where another directory of that tmpfs is /dev/shm.
+    """
+    done = quiet(
+        *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
+        'mount -t tmpfs own "$2" && exec "$0" -c "$1" "$2"',
+        *(sys.executable, _HIDE, tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    beside, hidden, gone = done.stdout.splitlines()
+    assert f"it lies in {tmp_path}/inside" in beside
+    assert "cannot be seen from here" in hidden
+    assert gone == "gone gone"
+
+
 @pytest.mark.slow
 @needs_root
 def test_a_write_buffer_that_ended_with_its_container_can_be_given_up(

@@ -162,13 +162,13 @@ class SharedMemory:
 
     def find(self, name: RingName, volume_id: bytes, replica: FileId) -> Ring:
         """See `RingStore.find`."""
-        whole, seen = [], False
+        whole: list[Path] = []
+        seen = False
         for directory in self._directories:
             with suppress(OSError):
                 if directory.stat().st_dev == name.memory:
                     seen = True
-                    if _shows_all(directory):
-                        whole.append(directory)
+                    whole += _all_of(directory)
             path = _path(directory, name, volume_id)
             try:
                 fd = _open(path)
@@ -182,10 +182,10 @@ class SharedMemory:
                 raise
             os.close(fd)  # A copy of it (an overlay makes one): the ring itself would come back.
         hint = "Open the volume where it was served, with the same /dev/shm."
-        for directory in whole:
-            if deeper := _may_hold(directory, path.name, name.memory):
+        for top in whole:
+            if deeper := _may_hold(top, path.name, name.memory):
                 # What a sandbox had over its /dev/shm may be a subdirectory of this one.
-                raise Unusable(f"it lies in {deeper}, or may: it was not made in {directory}", hint)
+                raise Unusable(f"it lies in {deeper}, or may: it was not made in {top}", hint)
         if whole or not name.memory:
             raise FileNotFoundError(errno.ENOENT, "it is gone")
         device = f"{os.major(name.memory)}:{os.minor(name.memory)}"
@@ -269,18 +269,24 @@ def _path(directory: Path, name: RingName, volume_id: bytes) -> Path:
     return directory / f"vsnapfs-{volume_id.hex()}-{name.ring_id.hex()}"
 
 
-def _shows_all(directory: Path) -> bool:
-    """Whether the directory's mount begins at the root of its file system. A sandbox may have a
-    subdirectory of the machine's /dev/shm there, under the same device number. OSError.
+def _all_of(directory: Path) -> list[Path]:
+    """The top of the file system that holds the directory, if all of that can be seen below it.
+
+    A sandbox may have only a subdirectory of the machine's /dev/shm there, under the same device
+    number, or something mounted over one; or it is itself no more than a directory of a tmpfs that
+    is mounted higher up. OSError.
     """
     fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
     try:
         lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+        device = os.fstat(fd).st_dev
     finally:
         os.close(fd)
     mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
-    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
-    return any(fields[:1] == [mount] and fields[3] == "/" for fields in _fields(mounts))
+    mounts = _fields(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"))
+    tops = [Path(fields[4]) for fields in mounts if fields[:1] == [mount] and fields[3] == "/"]
+    hidden = any(fields[1:2] == [mount] for fields in mounts)
+    return [top for top in tops if not hidden and top.stat().st_dev == device]
 
 
 def _may_hold(top: Path, wanted: str, device: int) -> str:
