@@ -241,6 +241,16 @@ def test_a_server_that_says_nothing_is_an_error(
     assert caught.value.code == "no-answer"
 
 
+def test_a_silent_server_outside_this_container_has_no_number(
+    tmp_path: Path, openings: Openings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells no pid of a process that this pid namespace does not see."""
+    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(client, "_peer_pid", lambda _connection: None)
+    with played(tmp_path, None), pytest.raises(VsnapError, match="outside this container"):
+        client.call(tmp_path, "status")
+
+
 def test_a_foreign_server_is_an_error(tmp_path: Path, openings: Openings) -> None:
     """Whatever else listens there is not taken for ours."""
     with played(tmp_path, b"HTTP/1.1 400 Bad Request\r\n"), pytest.raises(VsnapError) as caught:

@@ -32,7 +32,7 @@ from vsnapfs.daemon.interruption import CtrlC, interrupted
 from vsnapfs.daemon.listening import open_directory
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Progress
 from vsnapfs.daemon.process import run_trio
-from vsnapfs.daemon.talk import NOT_BEGUN, Talk
+from vsnapfs.daemon.talk import NOT_BEGUN, Talk, numbered
 from vsnapfs.errors import VsnapError
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
             talk.hang_up()
             talk.read_out()
             raise VsnapError(
-                f"the process that serves {shown(folder)} ({pid}) does not"
+                f"the process that serves {shown(folder)} ({numbered(pid)}) does not"
                 f" answer for {_SILENCE_SECONDS:.0f} s",
                 hint=""
                 if request.operation.interruptible

@@ -74,10 +74,15 @@ class Talk:
     def fate(self, pid: int | None) -> str:
         """What becomes of the operation, now that we have hung up."""
         if self.begun:
-            return f"has begun and goes on in the server (process {pid})"
+            return f"has begun and goes on in the server ({numbered(pid)})"
         if self.accepted and not self.tells_begin:
-            return f"may have begun, then it goes on in the server (process {pid})"
+            return f"may have begun, then it goes on in the server ({numbered(pid)})"
         return NOT_BEGUN
+
+
+def numbered(pid: int | None) -> str:
+    """Which process it is: the kernel does not tell of one outside this container."""
+    return f"process {pid}" if pid else "a process outside this container"
 
 
 def _understand(line: bytes) -> dict[str, Any]:
