@@ -556,18 +556,24 @@ def test_looking_for_records_ends_inside_the_memory(size: int) -> None:
         assert not list(Ring.found(memory, NAME, b"v" * 16).records())
 
 
+def ring_that_released(count: int) -> tuple[bytearray, Ring]:
+    """Its memory, and the ring: so many records have been there, and none is."""
+    memory = bytearray(RECORDS + 8192)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number in range(count):
+        record = ring.append(number, b"old")
+        assert record is not None
+        ring.release(record)
+    return memory, ring
+
+
 @pytest.mark.parametrize("rot", [bytes(512), b"\xa5" * 512], ids=["zeros", "noise"])
 @pytest.mark.parametrize("released", range(4))
 def test_a_rotted_sector_before_the_records_brings_nothing_back(released: int, rot: bytes) -> None:
     """Whichever it is: what was released is not found again, and what was not is, or the ring is
     none.
     """
-    memory = bytearray(RECORDS + 8192)
-    ring = Ring.make(memory, NAME, b"v" * 16)
-    for number in range(released):
-        record = ring.append(number, b"old")
-        assert record is not None
-        ring.release(record)
+    memory, ring = ring_that_released(released)
     assert ring.append(99, b"new") is not None
     for at in range(0, RECORDS, len(rot)):
         rotted = memory[:at] + rot + memory[at + len(rot) :]
@@ -581,12 +587,7 @@ def test_a_rotted_sector_before_the_records_brings_nothing_back(released: int, r
 
 def test_a_cursor_and_its_twin_that_rotted_are_no_older_cursor() -> None:
     """The other pair may be from before what has been carried out: the ring is none."""
-    memory = bytearray(RECORDS + 8192)
-    ring = Ring.make(memory, NAME, b"v" * 16)
-    for number in range(2):
-        record = ring.append(number, b"old")
-        assert record is not None
-        ring.release(record)
+    memory, _ = ring_that_released(2)
     for pair in CURSORS:
         rotted = bytearray(memory)
         for at in pair:

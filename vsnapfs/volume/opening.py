@@ -285,11 +285,9 @@ def _look_at_syncs(area: DiffArea, saved: SavedState) -> OSError | None:
     now = error is not None and error.code is FaultCode.IO_FAILURE_DURING_ONLINE
     now = now and superblock.process and not superblock.clean
     spoilt = superblock.epoch if now else min(saved.spoilt, superblock.epoch)
-    # Also where all of them are suspect already: what the ring knows may be lost.
-    area.spoilt = spoilt
     if spoilt <= superblock.suspect:
         return None
-    area.superblock = replace(superblock, suspect=spoilt)
+    area.superblock, area.spoilt = replace(superblock, suspect=spoilt), spoilt
     if error is None or spoilt <= saved.spoilt:  # Told already.
         return None
     return OSError(error.errno, error.message)
