@@ -308,6 +308,11 @@ def test_no_flipped_bit_of_a_state_file_goes_unnoticed() -> None:
         data[bit >> 3] ^= 1 << (bit & 7)
 
 
+def test_a_state_that_none_could_follow_is_none() -> None:
+    """Its number is forged: the next one saved would have to be found, too."""
+    assert _decode(_encode(STATE, VOLUME_ID, 2**63 - 1), VOLUME_ID) is None
+
+
 def test_others_are_in_a_state_file_only_once_there_were_any() -> None:
     """Without them an earlier version can read it; with them nothing else changes."""
     assert b"others" not in _encode(STATE, VOLUME_ID, 5)

@@ -722,14 +722,18 @@ def test_a_ring_that_is_too_small_for_a_write_is_replaced() -> None:
     assert lost(rig) == 0
 
 
-@pytest.mark.parametrize("position", [1, 63, 2**63, 2**64 - 64])
-def test_a_cursor_that_no_ring_can_have_written_is_none(position: int) -> None:
-    """Its checksum fits, its number does not: an error, and nothing is read from there."""
+@pytest.mark.parametrize(
+    ("sequence", "position"), [(5, 1), (5, 63), (5, 2**63 - 64), (5, 2**64 - 64), (2**63 - 1, 0)]
+)
+def test_a_cursor_that_no_ring_can_have_written_is_none(sequence: int, position: int) -> None:
+    """Its checksum fits, its number does not, or none could follow it: an error, and nothing is
+    read from there.
+    """
     name, volume_id = RingName(bytes(range(16)), 1, 2, 3), bytes(16)
     memory = bytearray(RECORDS + 1024)
     ring = Ring.make(memory, name, volume_id)
     for _ in range(2):
-        ring._write_cursor(5, position)
+        ring._write_cursor(sequence, position)
     with pytest.raises(FormatError):
         Ring.found(memory, name, volume_id)
 

@@ -40,6 +40,8 @@ MAX_REPLICA_SIZE = 64 * KIB**4
 MAX_AREA_SIZE = 64 * KIB**4
 #: Generations and barriers count up from 0; what is beyond it was never counted, but forged.
 MAX_COUNTER = 2**63 - 1
+#: Where nothing else stops a counter at its end: one that is found here or below can be counted on.
+MAX_FOUND_COUNTER = 2**62 - 1
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from typing import NamedTuple
 import xxhash
 
 from ..backing import Bytes
-from ..diffarea.layout import MAX_COUNTER
+from ..diffarea.layout import MAX_FOUND_COUNTER
 from ..diffarea.superblock import RingName
 from ..errors import FormatError
 
@@ -264,7 +264,7 @@ class Ring:
         check, sequence, position = _CURSOR.unpack_from(self.memory, offset)
         if check != _hash(self.view[offset + 8 : offset + _CURSOR.size]):
             return None
-        is_possible = 0 < sequence <= MAX_COUNTER and position <= MAX_COUNTER
+        is_possible = 0 < sequence <= MAX_FOUND_COUNTER and position <= MAX_FOUND_COUNTER
         return (sequence, position) if is_possible and position % ALIGN == 0 else None
 
     def _write_cursor(self, sequence: int, position: int) -> None:

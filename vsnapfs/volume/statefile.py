@@ -19,7 +19,13 @@ from typing import Any
 import xxhash
 
 from ..backing import Backing
-from ..diffarea.layout import MAX_AREA_SIZE, MAX_BLOCK_SIZE, MAX_COUNTER, is_block_size
+from ..diffarea.layout import (
+    MAX_AREA_SIZE,
+    MAX_BLOCK_SIZE,
+    MAX_COUNTER,
+    MAX_FOUND_COUNTER,
+    is_block_size,
+)
 from ..diffarea.superblock import MAX_POINT_NUMBER, NO_RING, RingName
 from ..errors import Fault, FormatError
 
@@ -219,7 +225,7 @@ def _decode(data: bytes, volume_id: bytes) -> tuple[int, SavedState] | None:
         state = SavedState(**fields)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return (sequence, state) if sequence <= MAX_COUNTER and _is_possible(state) else None
+    return (sequence, state) if sequence <= MAX_FOUND_COUNTER and _is_possible(state) else None
 
 
 def _is_possible(state: SavedState) -> bool:
