@@ -134,6 +134,8 @@ class Account:
         #: Deleted in this life.
         self.deleted: set[int] = set()
         self.restoring: Restoring | None = None
+        #: One whose beginning could not be recorded for sure: the next opening may find it begun.
+        self.doubtful: Restoring | None = None
         #: A sync has failed (or the files are a backup): what a power failure may leave may show
         #: now. Nothing that was answered before is made durable by what comes now.
         self.lossy = False

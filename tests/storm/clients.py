@@ -316,6 +316,7 @@ class Clients:
             account.end_restore(one, "refused", again=False)
         else:
             account.end_restore(one, "torn", again=False)
+            account.doubtful = one
         self.say("restored" if error is None else "restore failed", number, error)
 
     async def _resize(self, volume: Volume) -> None:

@@ -299,6 +299,9 @@ class Storm:
             return False
         assert not (account.offline and volume.protection.is_online), "online, and nobody asked"
         self._look_at_suspects(volume)
+        doubtful, account.doubtful = account.doubtful, None
+        if doubtful is not None and area.superblock.restoring == doubtful.number:
+            account.restoring = account.restoring or doubtful
         content = acknowledged(self.rig, volume)
         spoilt = account.restoring is not None and account.restoring.number <= account.suspect
         if not (how.goes_on and core.replica_failed) and not spoilt:

@@ -418,3 +418,28 @@ def test_a_superblock_that_only_the_host_s_cache_has_is_none(policy: str) -> Non
     rig.run(end)
     rig.killed()
     rig.run(look)
+
+
+@pytest.mark.parametrize("ends", ["killed", "comes online"])
+def test_a_restore_whose_beginning_failed_half_may_be_found_begun(ends: str) -> None:
+    """Nothing could be written down any more, so that one copy says that it has begun. The error
+    says so; once the volume has been online, it is none.
+    """
+    scene = Scene()
+    before, host = scene.replica(), scene.rig.host
+
+    async def restore(volume: Volume) -> None:
+        host.fail("area", "sync", errno.EIO, nth=2, times=FOREVER)
+        with pytest.raises(VsnapError, match="was not restored") as caught:
+            await volume.restore(1)
+        assert "found begun" in caught.value.hint
+
+    scene.run(restore)
+    host.failures.clear()
+    if ends == "comes online":
+        assert scene.online() is None
+    scene.rig.killed()
+    assert scene.replica() == before
+    assert scene.online() is None
+    assert scene.replica() == (before if ends == "comes online" else scene.points[1])
+    scene.exact()

@@ -205,6 +205,31 @@ def test_closing_does_not_wait_for_a_host_that_does_not_answer(policy: str, buff
     assert scene.write(0, SIZE) is None
 
 
+@pytest.mark.parametrize("when", ["ahead", "now"])
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_growth_whose_sync_failed_is_no_reason_to_refuse_the_next(policy: str, when: str) -> None:
+    """Nothing relied on it, and the host is well again: no fault, and no point is given up."""
+    scene = used_up(policy)
+    failure = scene.rig.host.fail(
+        "area", "sync", errno.EIO, times=FOREVER if when == "ahead" else 1
+    )
+
+    async def ahead(volume: Volume) -> None:
+        volume.room.reset()
+        volume.room.look_ahead()
+        await all_stand_still()
+        assert volume.core.need_area().slots.free == 0
+
+    if when == "ahead":
+        scene.run(ahead)
+        scene.rig.host.failures.remove(failure)
+    assert scene.write(0, 2 * BLOCK) is None
+    assert failure.fired
+    assert scene.fault is None
+    scene.exact()
+    scene.works()
+
+
 @pytest.mark.parametrize("buffer", [0, 4 * BLOCK + 4096], ids=["direct", "buffered"])
 @pytest.mark.parametrize("operation", ["write", "sync"])
 def test_closing_waits_for_copies_on_their_way(operation: str, buffer: int) -> None:

@@ -364,6 +364,15 @@ class Core:
                 async with self.area_lock:
                     await self.commit()
 
+    async def after_a_failed_sync(self) -> None:
+        """Before anything in the diff area is made durable beside the barriers, which see to it
+        themselves: no sync counts after one that failed. FaultError 7. Not under `area_lock`.
+        """
+        area = self.need_area()
+        if area.needs_rollback:
+            async with self.area_lock:
+                await in_thread(area.rollback)
+
     async def mark_in_use(self) -> None:
         """Before the first change after a clean opening: a crash from here on is an unclean stop.
 

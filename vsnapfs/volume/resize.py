@@ -83,9 +83,7 @@ class Resize:
         if area.backing.is_device and area.layout.slots_in(total) > len(area.slots):
             slots = area.layout.slots_in(total)
             core.admin.begin()
-            if area.needs_rollback:  # No sync counts before that.
-                async with core.area_lock:
-                    await in_thread(area.rollback)
+            await core.after_a_failed_sync()
             await in_thread(area.prepare_growth, slots)
             async with core.area_lock:
                 await core.commit(maximum=total, allocated=area.layout.size_of(slots))

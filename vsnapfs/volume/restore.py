@@ -144,7 +144,10 @@ class Restore:
             await self._policy.failed(error, needed=len(new))
             raise VsnapError(
                 f"volume {core.name}: point {number} was not restored: {error.message}",
-                hint="'vsnapfs status' shows what became of the volume. Nothing was written.",
+                hint="'vsnapfs status' shows what became of the volume. Nothing was written."
+                # One copy of the superblock says otherwise, perhaps; an opening would believe it.
+                + " Should it be opened anew before it has been online, it may be found begun "
+                "('restoring' in its status): 'online' goes on with it then." * area.in_doubt,
                 errno=error.errno,
                 exit_code=1 if self._protection.is_online else 3,
                 code="fault",

@@ -308,6 +308,8 @@ class Room:
             raise self.full()
         least = area.layout.valid_slots(len(area.slots) + needed)
         while target > len(area.slots):
+            # One of an earlier growth, or a moment ago, is no reason to refuse this one.
+            await core.after_a_failed_sync()
             try:
                 with core.admin.waits_for("the diff area to grow"):
                     await self._prepare(area, target)
