@@ -252,6 +252,31 @@ async def a_point_is_deleted_while_it_is_read(rig: Rig, volume: Volume) -> None:
     assert await read_points(volume) == {2: NEW}
 
 
+async def points_are_given_up_while_one_is_read(rig: Rig, volume: Volume) -> None:
+    """Its reader gets ESTALE, while the new area is made and after; nothing is said of damage."""
+    await volume.create_point()
+    await write(volume, 0, NEW)
+    await volume.go_offline()
+    point = volume.open_point(1)
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "area", "allocate") as making, Pause(rig, "area", "read") as reading:
+            later = Doing(nursery, point.read(0, SIZE))
+            await reading.reached()
+            giving_up = Doing(nursery, volume.online(give_up_recovery_points=True))
+            await making.reached()
+            with pytest.raises(OSError) as caught:
+                await point.read(0, SIZE)
+            assert caught.value.errno == errno.ESTALE
+            making.go()
+            await giving_up.ended()
+            reading.go()
+            with pytest.raises(OSError) as caught:
+                await later.ended()
+    assert caught.value.errno == errno.ESTALE
+    assert 1040 not in rig.log.ids("vsnapfs")
+    point.close()
+
+
 async def a_point_is_deleted_while_writers_have_reserved_slots(rig: Rig, volume: Volume) -> None:
     """Slots promised to a writer that waits are not given to another one by a deletion."""
     for _ in range(2):
@@ -584,6 +609,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_point_is_created_while_a_write_is_in_flight,
     a_write_comes_while_a_point_is_created,
     a_point_is_deleted_while_it_is_read,
+    points_are_given_up_while_one_is_read,
     a_point_is_deleted_while_writers_have_reserved_slots,
     the_maximum_is_lowered_while_the_area_grows,
     a_write_takes_the_space_that_a_shrink_has_the_lock_for,
@@ -663,6 +689,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "read",
         "something else by now.\n        if self.number in volume.points_service.gone:",
         "\n        if False:",
+    ),
+    "what is given up meanwhile looks damaged": (
+        points_are_given_up_while_one_is_read,
+        Reader,
+        "_damaged",
+        "if core.area_is_wiped or",
+        "if False and",
     ),
     "delete frees slots that are promised": (
         a_point_is_deleted_while_writers_have_reserved_slots,

@@ -220,6 +220,8 @@ class Core:
     open_points: dict[int, int] = field(default_factory=dict)
     #: The diff area on disk has moved on without us (fault 15): what we know of it is stale.
     area_is_stale: bool = False
+    #: Its points are being given up, and an empty one is written over it: what fails is not damage.
+    area_is_wiped: bool = False
     #: A growth is being prepared in a thread, or was when the volume had to be closed all the same:
     #: then the file stays open, so that the thread never meets another one under its number.
     area_is_busy: bool = False

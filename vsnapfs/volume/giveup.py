@@ -66,6 +66,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                     await protection.record_given_up(epoch)
                     if backing is None:  # After the record, which tells the next opening of it.
                         backing = await in_thread(_make, volume)
+                    # Over the old one: whoever reads a point of it meets what is none of its own.
+                    core.area_is_wiped = old is not None and backing is old.backing
                     area = await in_thread(_format, volume, backing, maximum, epoch)
                     volume.points_service.gone.update(points)
                     core.area, core.preserved, core.area_is_stale = area, BlockSet(), False
@@ -79,6 +81,8 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
                 if backing is not None and (old is None or backing is not old.backing):
                     backing.close()  # So that the next try can lock it.
                 raise
+            finally:
+                core.area_is_wiped = False
         if core.replica_failed:
             await in_thread(volume.reopen_replica)
         await volume.buffer.try_again()

@@ -182,6 +182,8 @@ class Reader:
         core = self._core
         if core.need_area().is_unread:  # Nothing is damaged, there was no memory.
             return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if core.area_is_wiped or all(live.number != point for live in core.points):
+            return OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # Given up meanwhile.
         if (point, block) not in self._reported:
             if len(self._reported) < 10_000:
                 self._reported.add((point, block))
