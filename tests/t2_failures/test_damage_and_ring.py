@@ -407,6 +407,32 @@ def _same_again() -> Rig:
     return rig
 
 
+@pytest.mark.parametrize("is_needed", [False, True])
+def test_only_copies_that_a_point_reads_count_as_damaged(is_needed: bool) -> None:
+    """A slot is free again and half of a newer copy lies in it when the process is killed: that
+    says nothing of a copy that no point needs any more, and 1042 does not either.
+    """
+    rig = Rig(size=SIZE)
+
+    async def begin(volume: Volume) -> None:
+        await write_at(volume, 0, OLD)
+        await volume.create_point()
+        await write_at(volume, 0, NEW[:BLOCK])
+        await flush(volume)
+        if not is_needed:
+            await volume.delete_point(1)
+        await volume.create_point()
+
+    async def look(volume: Volume) -> None:
+        assert (await volume.verify())["ok"] is not is_needed
+
+    rig.run(begin)
+    rig.killed()
+    poke(rig, "area", LAYOUT.slot_offset(0), b"\xff" * (BLOCK // 2))
+    rig.run(look)
+    assert rig.log.params(1042)["count"] == (1 if is_needed else None)
+
+
 def test_what_proves_that_a_copy_may_go_is_durable() -> None:
     """The copy is dropped because the replica holds its content; that outlasts a power failure."""
     rig = _same_again()

@@ -25,6 +25,7 @@ from cli_backend import MIB, Backend, ok, refused, run
 
 from vsnapfs import config
 from vsnapfs.cli import exporting
+from vsnapfs.daemon.mounts import FSTYPE, Mount
 
 backend = cli_backend.backend
 volume = cli_backend.volume
@@ -237,6 +238,20 @@ def test_a_server_that_dies_during_an_export_is_named(
     only(out)
 
 
+def test_a_server_that_ends_as_an_export_begins_is_not_needed(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone between two looks at the mount: the point is resolved and read in this process."""
+    image = tmp_path / "image"
+    image.write_bytes(b"before" * 1000)
+    ok("create", tmp_path / "real", "--from", image, "--diff-area-size", "8MiB")
+    ok("rp", "create", tmp_path / "real")
+    looks = iter([Mount(tmp_path, FSTYPE, str(tmp_path / "real"), "0:1"), None])
+    monkeypatch.setattr(exporting, "live_mount", lambda _: next(looks))
+    ok("rp", "export", tmp_path / "real", "latest", out / "copy.img")
+    assert (out / "copy.img").read_bytes() == image.read_bytes()
+
+
 def test_a_damaged_point_says_where(
     volume: Path, point: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +406,7 @@ import errno, os, sys, trio
 from types import SimpleNamespace
 import vsnapfs.volume
 from vsnapfs.cli import exporting
+from vsnapfs.daemon.mounts import FSTYPE, Mount
 real = os.open
 def without(path, flags, *args, **kwargs):
     if flags & os.O_TMPFILE == os.O_TMPFILE:

@@ -44,7 +44,7 @@ from .descriptors import (
     zero_blocks,
 )
 from .descriptors import ZEROS as DESCRIBES_ZEROS
-from .index import ZEROS, Index, Run, RunBuilder
+from .index import ZEROS, Index, Run, RunBuilder, live_copies
 from .layout import (
     HEADER_SIZE,
     SECTOR_SIZE,
@@ -413,6 +413,7 @@ class _Scan:
                 failing.append((slot, descriptor))
         others = _Kept(run, {descriptor.block for _, descriptor in failing})
         dropped: list[int] = []
+        kept: list[tuple[int, int, int]] = []
         for slot, (wanted, block, epoch, _) in failing:
             # With a copy in a later epoch (this one was being moved) a reader would not fall
             # through to the replica, whatever that holds. One may lie where nothing can be read.
@@ -425,13 +426,25 @@ class _Scan:
                 self.report.dropped += 1
                 self._clear(slot)
             else:
-                self.report.damaged += 1
-                if len(self.report.problems) < _MOST_PROBLEMS:
-                    text = f"block {block} of epoch {epoch}: its copy is damaged"
-                    self.report.problems.append(text)
-        if not dropped:
-            return run
-        return Run(np.delete(run.keys, dropped), np.delete(run.slots, dropped))
+                kept.append((block, epoch, slot))
+        if dropped:
+            run = Run(np.delete(run.keys, dropped), np.delete(run.slots, dropped))
+        if kept:
+            self._count_damaged(run, kept)
+        return run
+
+    def _count_damaged(self, run: Run, failing: list[tuple[int, int, int]]) -> None:
+        """Those of (block, epoch, slot) that some point reads. The slot of a copy that none needs
+        any more is free: what did not fit there may be half of a newer one.
+        """
+        live = live_copies(run.keys, [point.number for point in self.superblock.points])
+        for block, epoch, slot in failing:
+            if not live[run.position(block, epoch, slot)]:
+                continue
+            self.report.damaged += 1
+            if len(self.report.problems) < _MOST_PROBLEMS:
+                text = f"block {block} of epoch {epoch}: its copy is damaged"
+                self.report.problems.append(text)
 
     def _fresh(self) -> Iterator[tuple[int, Descriptor]]:
         """(slot, descriptor) of the copies with data that the newest barrier made, slots ascending.
