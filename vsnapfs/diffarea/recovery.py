@@ -424,7 +424,7 @@ class _Scan:
                 others.remove(block, epoch)
                 self.report.dropped += 1
                 self._clear(slot)
-            else:
+            elif self._is_needed(others, block, epoch):
                 self.report.damaged += 1
                 if len(self.report.problems) < _MOST_PROBLEMS:
                     text = f"block {block} of epoch {epoch}: its copy is damaged"
@@ -432,6 +432,16 @@ class _Scan:
         if not dropped:
             return run
         return Run(np.delete(run.keys, dropped), np.delete(run.slots, dropped))
+
+    def _is_needed(self, others: _Kept, block: int, epoch: int) -> bool:
+        """Whether a point may show this copy. Where points were deleted, its slot may have been
+        given out again, and what lies there is another block, whose barrier never came.
+        """
+        points = [p.number for p in self.superblock.points if p.number <= epoch]
+        if not points:
+            return False
+        lost = self.damaged or self.is_cut
+        return bool(lost) or not others.has_between(block, points[-1], epoch)
 
     def _fresh(self) -> Iterator[tuple[int, Descriptor]]:
         """(slot, descriptor) of the copies with data that the newest barrier made, slots ascending.
@@ -517,6 +527,10 @@ class _Kept:
     def count(self, block: int, epoch: int) -> int:
         """How many copies of `block` are kept for `epoch`."""
         return self._counts[block][epoch]
+
+    def has_between(self, block: int, first: int, end: int) -> bool:
+        """Whether a copy of `block` is kept for an epoch from `first` to `end` - 1."""
+        return any(first <= epoch < end and n for epoch, n in self._counts[block].items())
 
     def newest(self, block: int) -> int:
         """The latest epoch that has a copy of `block`, which has one."""
