@@ -38,6 +38,7 @@ from vsnapfs.volume.points import Points
 from vsnapfs.volume.protection import Protection
 from vsnapfs.volume.reader import Reader
 from vsnapfs.volume.resize import Resize
+from vsnapfs.volume.restore import Restore
 from vsnapfs.volume.writer import Writer
 
 SIZE = 12 * BLOCK + 1000
@@ -427,6 +428,26 @@ async def a_fault_comes_while_a_copy_is_on_its_way(rig: Rig, volume: Volume) -> 
     assert await read_points(volume) == {1: OLD}
 
 
+async def a_fault_comes_while_a_restore_waits_for_writes(rig: Rig, volume: Volume) -> None:
+    """P1: once the volume is offline by a fault the restore is refused, and nothing is written."""
+    await volume.create_point()
+    await write(volume, 0, NEW[:BLOCK])
+    failed = OSError(errno.EIO, "failed")
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "area", "sync", error=failed) as copying:
+            writer = Doing(nursery, write(volume, BLOCK, NEW[:BLOCK]))
+            await copying.reached()
+            restoring = Doing(nursery, volume.restore(1, force=True))
+            await all_stand_still()
+            copying.go()
+            with pytest.raises(OSError):
+                await writer.ended()
+            with pytest.raises(VsnapError) as caught:
+                await restoring.ended()
+    assert caught.value.code == "offline"
+    assert raw_replica(rig) == NEW[:BLOCK] + OLD[BLOCK:]
+
+
 async def somebody_is_refused_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
     """P1: no refusal is answered before a power failure would find the volume offline."""
     handle = volume.open_replica()
@@ -615,6 +636,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_write_takes_the_space_that_a_shrink_has_the_lock_for,
     a_fault_comes_while_a_flush_is_under_way,
     a_fault_comes_while_a_copy_is_on_its_way,
+    a_fault_comes_while_a_restore_waits_for_writes,
     somebody_is_refused_before_the_fault_is_durable,
     points_are_given_up_before_the_fault_is_durable,
     offline_is_asked_for_before_the_fault_is_durable,
@@ -731,6 +753,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "write",
         "cannot slip in between.\n        if session != protection.session or",
         "\n        if False and",
+    ),
+    "restore does not look again after the writes": (
+        a_fault_comes_while_a_restore_waits_for_writes,
+        Restore,
+        "_restore",
+        "if not self._protection.is_online:",
+        "if False:",
     ),
     "refused before the fault is durable": (
         somebody_is_refused_before_the_fault_is_durable,

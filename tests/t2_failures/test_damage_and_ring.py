@@ -29,7 +29,7 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
-from simdisk import PowerLoss
+from simdisk import PowerLoss, SimBacking
 
 from vsnapfs.errors import FaultCode, FaultError, VsnapError
 from vsnapfs.volume import Volume
@@ -444,6 +444,45 @@ def test_what_proves_that_a_copy_may_go_is_durable() -> None:
     assert rig.log.params(1042)["dropped"] == 1
     rig.crashed()
     rig.run(look)
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_what_no_point_has_any_more_is_not_called_damaged(points: int) -> None:
+    """Killed with other blocks in the slots of a deleted point, before their barrier: 1042 says
+    nothing of damage, for no point shows what lay there. (points: 1 or 2 of them hold the block.)
+    """
+    rig = Rig(size=SIZE)
+
+    async def begin(volume: Volume) -> None:
+        await write_at(volume, 0, OLD)
+        await volume.create_point()
+        if points == 2:
+            await write_at(volume, 0, NEW[:BLOCK])
+            await volume.create_point()
+        await write_at(volume, 0, NEW[BLOCK : 2 * BLOCK])
+        await volume.delete_point(points)
+        if points == 1:
+            await volume.create_point()
+
+        def die(backing: SimBacking, operation: str, offset: int, _length: int) -> None:
+            if (backing.name, operation) == ("area", "write") and offset < LAYOUT.slot_offset(0):
+                rig.host.dead = True
+                raise PowerLoss
+
+        rig.host.hooks.append(die)
+        await write_at(volume, 2 * BLOCK, NEW[:BLOCK])
+
+    with pytest.raises(PowerLoss):
+        rig.run(begin)
+    rig.killed()
+
+    async def look(volume: Volume) -> None:
+        expected = OLD if points == 2 else NEW[BLOCK : 2 * BLOCK] + OLD[BLOCK:]
+        assert list((await read_points(volume)).values()) == [expected]
+        assert (await volume.verify())["ok"]
+
+    rig.run(look)
+    assert rig.log.params(1042)["count"] is None
 
 
 def test_without_a_sync_of_the_replica_it_is_no_proof() -> None:

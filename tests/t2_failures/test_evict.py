@@ -6,10 +6,24 @@ import errno
 from unittest import mock
 
 import pytest
-from rig import BLOCK, SMALLEST, MemoryLog, attempt, pattern, read_point, small_steps, write
+import trio
+from rig import (
+    BLOCK,
+    SMALLEST,
+    MemoryLog,
+    Rig,
+    attempt,
+    pattern,
+    read_point,
+    read_replica,
+    small_steps,
+    write,
+)
 from scene import SIZE, Scene
+from schedules import Doing, Pause
 from simdisk import FOREVER, PowerLoss
 
+from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume, points
 
 
@@ -279,3 +293,36 @@ def test_a_point_that_is_taken_while_all_others_are_given_up_stays(buffer: int) 
     scene.run(look)
     scene.rig.close()
     scene.run(look)
+
+
+def test_a_point_that_goes_while_its_restore_waits_for_writes_is_not_restored() -> None:
+    """The restore is refused, for there is no such point any more; all other points stay."""
+
+    async def story(volume: Volume) -> None:
+        await volume.create_point()
+        await write(volume, 0, pattern(1, 8 * BLOCK))
+        await volume.create_point()
+        await write(volume, 0, pattern(2, BLOCK))
+        many = volume.core.need_area().slots.free + 1
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "write", at=(0, 1)) as evicting:
+                writer = Doing(nursery, write(volume, 10 * BLOCK, pattern(3, many * BLOCK)))
+                await evicting.reached()
+                restoring = Doing(nursery, volume.restore(1, force=True))
+                while not volume.core.gate.closed:  # noqa: ASYNC110 - it has no event for that
+                    await trio.sleep(0.001)
+                evicting.go()
+                await writer.ended()
+                with pytest.raises(VsnapError) as caught:
+                    await restoring.ended()
+        assert caught.value.code == "no-such-point"
+        assert [point.number for point in volume.points] == [2]
+        assert rig.log.ids() == [33, 38]
+        whole = pattern(2, BLOCK) + pattern(1, 8 * BLOCK)[BLOCK:] + bytes(2 * BLOCK)
+        whole += pattern(3, many * BLOCK)
+        assert await read_replica(volume) == whole.ljust(volume.size, b"\0")
+
+    with small_steps():
+        rig = Rig(size=40 * BLOCK, maximum=SMALLEST, on_full="evict")
+        rig.threads = True
+        rig.run(story)

@@ -21,6 +21,7 @@ from filefuzz import fresh, opened, poke, small_volume
 from mutations import LAYOUT
 from rig import BLOCK, SMALLEST, Rig, attempt, pattern, raw_replica, read_points, write
 from scene import Scene
+from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER, Change, Host, PowerLoss, SimBacking
 
 from vsnapfs.backing import Backing, Bytes, FileBacking
@@ -253,9 +254,13 @@ def test_what_opening_heals_is_logged_with_a_fault_too(small: Rig) -> None:
     rig.run(look)
 
 
-def test_a_shrink_after_an_unexpected_end_of_a_write_is_refused() -> None:
-    """Slots of which nobody knows what they hold lie too high: an error; reopened, it shrinks."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_shrink_after_an_unexpected_end_of_a_write_is_refused(waits: bool) -> None:
+    """Slots of which nobody knows what they hold lie too high: an error; reopened, it shrinks.
+    (waits: the shrink comes while that write is under way.)
+    """
     rig = Rig(size=12 * BLOCK, maximum=SMALLEST + 64 * BLOCK)
+    rig.threads = waits
 
     async def act(volume: Volume) -> None:
         await volume.create_point()
@@ -263,17 +268,35 @@ def test_a_shrink_after_an_unexpected_end_of_a_write_is_refused() -> None:
         taken = area.slots.reserve(len(area.slots) - 3)
         assert taken is not None
         with mock.patch.object(area.index, "add", side_effect=MemoryError):
-            assert await attempt(write(volume, 0, b"y")) is not None
-        area.slots.release(taken)
-        await volume.online()
-        error = await attempt(volume.resize(SMALLEST))
+            if waits:
+                error = await both(volume, taken)
+            else:
+                assert await attempt(write(volume, 0, b"y")) is not None
+                area.slots.release(taken)
+                await volume.online()
+                error = await attempt(volume.resize(SMALLEST))
         assert isinstance(error, VsnapError)
         assert "cannot shrink" in str(error)
+        volume.check_invariants()
+
+    async def both(volume: Volume, taken: list[int]) -> object:
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "sync") as copying:
+                writer = Doing(nursery, write(volume, 0, b"y"))
+                await copying.reached()
+                volume.core.need_area().slots.release(taken)
+                shrinking = Doing(nursery, volume.resize(SMALLEST))
+                await all_stand_still()
+                copying.go()
+                assert await attempt(writer.ended()) is not None
+                return await attempt(shrinking.ended())
 
     rig.run(act)
     rig.close()
 
     async def again(volume: Volume) -> None:
+        if waits:
+            await volume.online()
         await volume.resize(SMALLEST)
         assert volume.status()["diff_area"]["allocated"] == SMALLEST
         assert await read_points(volume) == {1: bytes(12 * BLOCK)}

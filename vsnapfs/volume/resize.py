@@ -108,12 +108,6 @@ class Resize:
             )
         if area.damaged_sectors:
             raise VsnapError(f"the diff area of volume {core.name} is damaged and cannot shrink")
-        if any(slot >= target for slot in area.unknown_slots):
-            raise VsnapError(
-                f"volume {core.name} cannot shrink its diff area now: what a failed write left in "
-                "it is not known",
-                hint="Unmount it and mount it again, then try once more.",
-            )
         # Moving writes descriptors: a crash from here on is an unclean stop, and checked as one.
         await core.mark_in_use()
         try:
@@ -125,6 +119,7 @@ class Resize:
                 async with core.gate.held(core.config.hold_timeout):
                     with trio.fail_after(core.config.hold_timeout):
                         await self._drain()
+                self._check_known(area, target)  # Now that no write is under way.
                 core.admin.begin()
                 await self._move_down(area, target, progress)
                 async with core.area_lock:
@@ -141,6 +136,14 @@ class Resize:
             ) from None
         finally:
             self._room.lift_limit()
+
+    def _check_known(self, area: DiffArea, target: int) -> None:
+        if any(slot >= target for slot in area.unknown_slots):
+            raise VsnapError(
+                f"volume {self._core.name} cannot shrink its diff area now: what a failed write "
+                "left in it is not known",
+                hint="Unmount it and mount it again, then try once more.",
+            )
 
     async def _drain(self) -> None:
         try:

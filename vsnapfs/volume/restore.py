@@ -87,6 +87,8 @@ class Restore:
                 async with core.gate.held(core.config.hold_timeout):
                     with trio.fail_after(core.config.hold_timeout):
                         await self._points.drained("restoring")
+                    # The writes that were waited for may have evicted it.
+                    point = self._points.resolve(point.number)
                     return await self._restore(point.number, progress or no_progress)
             except trio.TooSlowError:
                 raise BusyError(f"volume {core.name}: writes in flight took too long") from None
@@ -134,6 +136,8 @@ class Restore:
                 errno=error.errno or errno.ENOSPC,
                 code="no-room",
             ) from error
+        if not self._protection.is_online:  # By a write or flush that was under way.
+            self._protection.require_online("restoring")
         core.admin.begin()
         # Nothing can refuse it any more: what was open until now is dead (forced), writes wait.
         self._protection.session += 1
