@@ -10,7 +10,7 @@ import click
 from vsnapfs.cli.base import Command
 from vsnapfs.cli.output import confirm, note, warn
 from vsnapfs.cli.params import FileType, SizeType, VolumeNameType, lang_option, volume_argument
-from vsnapfs.cli.volumes import find_mount, find_volume, mounted_elsewhere
+from vsnapfs.cli.volumes import find_mount, find_volume, mounted_elsewhere, moved_to
 from vsnapfs.config import DURABILITIES, Durability, check_write_buffer, shown
 from vsnapfs.errors import BusyError, UsageError, VsnapError
 
@@ -156,7 +156,9 @@ def umount(volume: str) -> None:
             f"{shown(found.volume)} is attached as {', '.join(devices)}",
             hint=f"Unmount what is on it, then: vsnapfs detach {shown(found.volume)}",
         )
-    closed = mounts.unmount(found, say=note)
+    # The mount table has the name under which it was mounted; it may have been moved since.
+    moved = moved_to(volume, found)
+    closed = mounts.unmount(found, note, moved)
     note(f"{shown(found.volume)} is unmounted.")
     if not closed:
         warn(

@@ -77,6 +77,14 @@ def _mount_by_its_server(volume: Path) -> Mount | None:
     return next((mount for mount in reversed(mounted()) if mount.mountpoint == place), None)
 
 
+def moved_to(text: str, mount: Mount) -> Path | None:
+    """The directory `text`, if the volume of `mount` listens there under another name."""
+    real = Path(os.path.realpath(text))
+    if real in (mount.mountpoint, mount.volume):  # The former, looked into, could hang.
+        return None
+    return real if os.path.lexists(real / config.SOCKET_NAME) else None
+
+
 def live_mount(volume: Path) -> Mount | None:
     """Where the volume is mounted and served, None when it is not (or its server has died)."""
     mount = find_mount(volume)

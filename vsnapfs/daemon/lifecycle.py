@@ -224,7 +224,7 @@ class Server:
         if mountpoint not in (None, ours):
             raise VsnapError(
                 f"the process that serves this volume has it mounted on {shown(ours)}",
-                code="not-mounted",
+                code="mounted-there",
             )
         await self._unmount()
         with trio.move_on_after(_CLOSE_SECONDS):

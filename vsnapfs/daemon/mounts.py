@@ -144,12 +144,16 @@ def _errno_of_asking(path: Path) -> int:
 # ---- unmounting ---------------------------------------------------------------------------------
 
 
-def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> bool:
+def unmount(
+    mount: Mount, say: Callable[[str], None] | None = None, directory: Path | None = None
+) -> bool:
     """End the mount of a volume and return when the volume is closed cleanly.
 
     False: a dead mount is only cleaned up, and nobody has closed the volume.
-    say(sentence): what it waits for, if it does for long.
-    BusyError, naming the users, while something uses it.
+    say(sentence): what it waits for, if it does for long. directory: where the volume is now, if
+    it was moved.
+    BusyError, naming the users, while something uses it. VsnapError, code "not-told": it is
+    unmounted, but its server cannot be asked whether the volume is closed.
     """
     from vsnapfs.daemon import client  # above this module: it serves commands, this serves both
 
@@ -157,15 +161,26 @@ def unmount(mount: Mount, say: Callable[[str], None] | None = None) -> bool:
         clean_stale(mount)
         return False
     try:
-        client.call(mount.volume, "stop", mountpoint=str(mount.mountpoint), say=say)
+        client.call(directory or mount.volume, "stop", mountpoint=str(mount.mountpoint), say=say)
         return True
     except VsnapError as error:
-        if error.code not in ("not-mounted", "no-volume", "not-volume"):
+        if error.code not in ("mounted-there", "not-mounted", "no-volume", "not-volume"):
             raise
+        bound = error.code == "mounted-there"
     # No server answers for the volume's directory and this mount: moved, removed, or bound here
     # under a live mount; or it is dead since we looked.
     dead = is_dead(mount.mountpoint)
     unmount_now(mount.mountpoint, lazy=dead)
+    if not dead and not bound:
+        raise VsnapError(
+            f"{shown(mount.mountpoint)} is unmounted, but whether its volume is closed, with all "
+            f"acknowledged writes on the disk, is not known: no server answers in "
+            f"{shown(mount.volume)}",
+            hint="Was the directory moved? The server closes the volume where it is now. "
+            "'vsnapfs status' there says when that is done; what was left in the write buffer "
+            "it carries out.",
+            code="not-told",
+        )
     return not dead
 
 
