@@ -22,7 +22,7 @@ import os
 import secrets
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,16 +73,21 @@ def export_point(
     """
     import trio
 
+    from vsnapfs.daemon import client
     from vsnapfs.daemon.process import run_trio
 
     target = check_target(volume, file, force=force)
+    mount = live_mount(volume)
+    # Asked here, since without a server that answers it is looked up in a trio of its own.
+    number = int(client.call(volume, "rp_resolve", point=point)["number"]) if mount else 0
 
     async def main() -> Exported:
         ended: list[int] = []
         result = None
         async with trio.open_nursery() as nursery:
             ended = await nursery.start(_wait_for_signal, nursery.cancel_scope)
-            result = await _export(volume, point, target, force, progress)
+            source = _open_mounted(mount, volume, number) if mount else _open_here(volume, point)
+            result = await _export(source, target, force, progress)
             nursery.cancel_scope.cancel()
         if result is None:
             raise SystemExit(128 + ended[0])  # as a shell reports whoever died of a signal
@@ -106,10 +111,8 @@ async def _wait_for_signal(
 
 
 async def _export(
-    volume: Path, point: str, target: Path, force: bool, progress: ProgressFn
+    opened: AbstractAsyncContextManager[_Source], target: Path, force: bool, progress: ProgressFn
 ) -> Exported:
-    mount = live_mount(volume)
-    opened = _open_here(volume, point) if mount is None else _open_mounted(mount, volume, point)
     async with opened as source:
         with _new_file(target, force=force) as new:
             data, digest = await _copy(source, new.fd, target, progress)
@@ -122,15 +125,12 @@ async def _export(
 
 
 @asynccontextmanager
-async def _open_mounted(mount: Mount, volume: Path, point: str) -> AsyncIterator[_Source]:
+async def _open_mounted(mount: Mount, volume: Path, number: int) -> AsyncIterator[_Source]:
     """The point as a file under the mountpoint.
 
     Past the page cache: that asks the server for 1 MiB at a time instead of 128 KiB, nearly four
     times as fast, and does not push everything else out of memory.
     """
-    from vsnapfs.daemon import client
-
-    number = int(client.call(volume, "rp_resolve", point=point)["number"])
     path = mount.mountpoint / "recovery-points" / f"{number:04d}.img"
     try:
         fd = _open_direct(path)
