@@ -28,6 +28,7 @@ from scene import BLOCKS, SIZE, Scene
 from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER
 
+from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume import room as room_module
@@ -226,6 +227,34 @@ def test_a_growth_whose_sync_failed_is_no_reason_to_refuse_the_next(policy: str,
         scene.rig.host.failures.remove(failure)
     assert scene.write(0, 2 * BLOCK) is None
     assert failure.fired
+    assert scene.fault is None
+    scene.exact()
+    scene.works()
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_repair_whose_sync_fails_is_no_reason_to_refuse_a_growth(policy: str) -> None:
+    """The growth waits for `area_lock` meanwhile: no fault, and no point is given up."""
+    scene = used_up(policy)
+    where = SUPERBLOCK_OFFSETS[1]
+    file = scene.rig.host.files["area"]
+    for side in file.cache, file.disk:
+        side.write(where + 100, bytes(byte ^ 1 for byte in side.read(where + 100, 1)))
+
+    async def main(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", "write", at=(where, where + 1)) as mending:
+                repairing = Doing(nursery, volume.repair())
+                await mending.reached()
+                writing = Doing(nursery, write(volume, 0, NEW))
+                await all_stand_still()
+                failure = scene.rig.host.fail("area", "sync", errno.EIO)
+                mending.go()
+                assert not (await repairing.ended())["ok"]
+                assert failure.fired
+                await writing.ended()
+
+    scene.run(main)
     assert scene.fault is None
     scene.exact()
     scene.works()
