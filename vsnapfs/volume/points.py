@@ -173,6 +173,7 @@ class Points:
 
         async def commit() -> RecoveryPoint:
             async with core.area_lock:
+                self._protection.require_online("creating a recovery point")
                 core.need_area().require_sound()  # Or its first copy would be the next failure.
                 core.admin.begin()
                 point = RecoveryPoint(await self._still_free(number), now_ns(), label)
