@@ -478,6 +478,30 @@ async def a_flush_fails_while_others_wait_for_a_check(rig: Rig, volume: Volume) 
         await volume.online()
 
 
+async def a_flush_fails_while_the_volume_comes_online(rig: Rig, volume: Volume) -> None:
+    """P1, W4: it is no fault as long as the volume is offline, and one as soon as it is not."""
+    replica = volume.open_replica()
+    async with trio.open_nursery() as nursery:
+        failed = OSError(errno.EIO, "failed")
+        with Pause(rig, "replica", "sync", error=failed) as syncing:
+            flushing = Doing(nursery, replica.flush())
+            await syncing.reached()
+            await volume.go_offline()
+            with Pause(rig, "area", "write") as committing:
+                coming = Doing(nursery, volume.online())
+                await committing.reached()
+                syncing.go()
+                with pytest.raises(OSError):
+                    await flushing.ended()
+                committing.go()
+                with pytest.raises(VsnapError) as caught:
+                    await coming.ended()
+    replica.close()
+    assert caught.value.code == "still-faulted"
+    assert volume.protection.fault is not None
+    assert not await volume.online()
+
+
 async def somebody_is_refused_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
     """P1: no refusal is answered before a power failure would find the volume offline."""
     handle = volume.open_replica()
@@ -668,6 +692,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_copy_is_on_its_way,
     a_fault_comes_while_a_restore_waits_for_writes,
     a_flush_fails_while_others_wait_for_a_check,
+    a_flush_fails_while_the_volume_comes_online,
     somebody_is_refused_before_the_fault_is_durable,
     points_are_given_up_before_the_fault_is_durable,
     offline_is_asked_for_before_the_fault_is_durable,
@@ -798,6 +823,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "_take",
         'require_online("creating a recovery point")\n            core.need_area()',
         "restoring\n            core.need_area()",
+    ),
+    "what failed while coming online is not looked at": (
+        a_flush_fails_while_the_volume_comes_online,
+        Volume,
+        "_bring_back",
+        "protection.look_at_replica()",
+        "protection.recorded()",
     ),
     "refused before the fault is durable": (
         somebody_is_refused_before_the_fault_is_durable,
