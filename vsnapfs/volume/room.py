@@ -23,7 +23,7 @@ from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
 from ..errors import FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
-from .core import Core, in_thread, leave_in_thread
+from .core import Core, leave_in_thread
 from .policy import Policy
 
 _LOW_WATER = 256
@@ -320,9 +320,10 @@ class Room:
                 target = max(least, area.layout.valid_slots((len(area.slots) + target) // 2))
                 continue
             async with core.area_lock:
-                await in_thread(area.commit_growth, target)
+                # Another sync may have failed while this waited (a repair's). What is prepared is
+                # durable all the same; `commit` takes back what is not.
+                await core.commit(allocated=area.layout.size_of(target))
                 area.slots.resize(target)
-                core.note_area()
             return
 
     async def _prepare(self, area: DiffArea, target: int) -> None:
