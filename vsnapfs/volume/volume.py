@@ -84,6 +84,7 @@ class Volume:
         self._is_settled = False
         #: What recovery has found and nobody has been told of: the opening found a fault.
         self._untold: Report | None = None
+        self._accepted_replica = False
 
     @property
     def directory(self) -> Path:
@@ -226,6 +227,7 @@ class Volume:
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             self.warnings.append(changed)
+            self._accepted_replica = True
         try:
             await self.buffer.adopt(give_up=give_up_write_buffer)
         except FaultError as error:  # The ring knows better than the area; that one comes first.
@@ -529,7 +531,10 @@ class Volume:
             with trio.move_on_after(core.config.hold_timeout):
                 await self._all_is_durable()
             return
-        if not await self._all_is_durable() or area is None or area.superblock.clean:
+        if not await self._all_is_durable() or area is None:
+            return
+        # A replica that was accepted as it is is known from now on, whether it was written or not.
+        if area.superblock.clean and not self._accepted_replica:
             return
         await core.record_spoilt()
         try:
