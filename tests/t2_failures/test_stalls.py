@@ -17,6 +17,7 @@ import trio.testing
 from rig import (
     BLOCK,
     SMALLEST,
+    Rig,
     flush,
     pattern,
     read_point,
@@ -258,6 +259,43 @@ def test_a_repair_whose_sync_fails_is_no_reason_to_refuse_a_growth(policy: str) 
     assert scene.fault is None
     scene.exact()
     scene.works()
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_shrink_gives_way_to_a_write_that_waits_already(policy: str) -> None:
+    """Its growth would wait for the shrink: the write would meet a full area, or a time limit."""
+
+    async def main(volume: Volume) -> None:
+        area = volume.core.need_area()
+        await write(volume, 0, old)
+        await volume.create_point()
+        await write(volume, 0, pattern(2, 30 * BLOCK))
+        while volume.room.status()["seconds"] is not None:  # noqa: ASYNC110 - growing ahead
+            await trio.sleep(0.001)
+        total = area.layout.size_of(len(area.slots))
+        await volume.resize(SMALLEST + 64 * BLOCK)
+        lacking = area.slots.free + 1
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "sync") as syncing:
+                first = Doing(nursery, write(volume, 40 * BLOCK, pattern(3, BLOCK)))
+                await syncing.reached()
+                shrinking = Doing(nursery, volume.resize(total - 4 * BLOCK))
+                await all_stand_still()
+                waiting = Doing(nursery, write(volume, 41 * BLOCK, pattern(4, lacking * BLOCK)))
+                await all_stand_still()
+                syncing.go()
+                await first.ended()
+                with pytest.raises(VsnapError) as caught:
+                    await shrinking.ended()
+                await waiting.ended()
+        assert caught.value.code == "gave-up"
+        assert await read_point(volume, 1) == old
+
+    old = pattern(1, 64 * BLOCK)
+    maximum = SMALLEST + 16 * BLOCK
+    rig = Rig(size=64 * BLOCK, maximum=maximum, on_full=policy, zero_blocks="copy")
+    rig.threads = True
+    rig.run(main)
 
 
 @pytest.mark.parametrize("buffer", [0, 4 * BLOCK + 4096], ids=["direct", "buffered"])

@@ -131,7 +131,7 @@ class Room:
 
     async def _grow_for(self, count: int) -> None:
         """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
-        there may be room, or no copy is needed any more.
+        there may be room, or no copy is needed any more. Or until a shrink begins.
         """
         area, points = self._core.need_area(), self._core.points
         if area.slots.free >= count:
@@ -151,6 +151,8 @@ class Room:
                 await growth.news.wait()
                 if not self._policy.is_online or not set(points) <= set(self._core.points):
                     return
+                if area.slots.limit is not None:
+                    return  # A shrink has begun, which would hold up the growth: it gives up.
         finally:
             growth.waiting -= 1
         if growth.error is not None and area.slots.free < count:
@@ -176,6 +178,7 @@ class Room:
         """Give out only slots below `count`, until a write needs more: that cancels `shrink`."""
         self._core.need_area().slots.limit = count
         self._shrink = shrink
+        self._state_changed()
 
     def begin_cut(self) -> None:
         """The shrink can no longer be given up; the limit stays until it is done."""
