@@ -1244,6 +1244,38 @@ def test_points_that_were_suspect_already_and_the_first_sync_of_an_opening_fails
     assert rig.log.ids("vsnapfs").count(1045) == 1
 
 
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_with_durability_process_the_disk_of_the_area_is_lost_after_a_kill(policy: str) -> None:
+    """It comes back without what was not synced, in the same life of the machine, and the blocks
+    have been overwritten: the ring knows of more, so the points are suspect, told once; no fault.
+    """
+    rig = made(durability="process", on_full=policy)
+
+    async def go(volume: Volume) -> None:
+        for block in (0, 1, 2):
+            await write_at(volume, block * BLOCK, NEW)
+        await flush(volume)
+        rig.host.stop_at = rig.host.operations
+
+    with contextlib.suppress(PowerLoss):
+        rig.run(go)
+    left = rig.host.files["area"].disk.copy()
+    rig.killed()
+    rig.host.files["area"] = rig.host.files["area"].after_power_failure(left)
+
+    async def look_at_it(volume: Volume) -> None:
+        assert volume.protection.is_online
+        assert volume.status()["suspect_points"] == 1
+        await volume.create_point()
+        await write_at(volume, 5 * BLOCK, NEW)
+        assert volume.status()["suspect_points"] == 1
+
+    rig.run(look_at_it)
+    rig.killed()
+    rig.run(look_at_it)
+    assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["", "after-a-power-failure"])
 @pytest.mark.parametrize("policy", ["offline", "evict"])
 def test_with_durability_process_no_sync_of_the_area_succeeds_any_more(

@@ -230,14 +230,12 @@ class WriteBuffer:
 
     def note_area(self) -> None:
         """A barrier or commit of the diff area is durable, and nothing relies on it yet: a copy of
-        the area from before it looks old from now on, if this process is killed.
+        the area from before it looks old from now on, if this process is killed. (With durability
+        "process" it is only written: an area without it has lost copies.)
         """
         if self.ring is not None and self._is_taken and not self._core.dry_run:
             area = self._core.need_area()
-            # With durability "process" a barrier is not synced: a later sync that fails loses it,
-            # and the right area would look like an old copy.
-            barrier = 0 if area.relaxed else area.barrier_number
-            self.ring.note_area(area.superblock.generation, barrier)
+            self.ring.note_area(area.superblock.generation, area.barrier_number)
 
     def is_taken(self) -> None:
         """The superblock that names it again is durable: with an older one it does not count."""
