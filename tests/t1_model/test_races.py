@@ -449,6 +449,25 @@ async def a_fault_comes_while_a_restore_waits_for_writes(rig: Rig, volume: Volum
     assert raw_replica(rig) == NEW[:BLOCK] + OLD[BLOCK:]
 
 
+async def a_point_is_opened_while_its_deletion_waits(rig: Rig, volume: Volume) -> None:
+    """Without force whoever reads a point does not lose it, also if the deletion has to wait."""
+    await volume.create_point()
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "area", "read", at=(0, 1)) as checking:
+            verifying = Doing(nursery, volume.verify())
+            await checking.reached()
+            deleting = Doing(nursery, volume.delete_point(1))
+            await all_stand_still()
+            point = volume.open_point(1)
+            checking.go()
+            with pytest.raises(BusyError):
+                await deleting.ended()
+            await verifying.ended()
+    assert bytes(await point.read(0, SIZE)) == OLD
+    point.close()
+    await volume.delete_point(1)
+
+
 async def a_flush_fails_while_others_wait_for_a_check(rig: Rig, volume: Volume) -> None:
     """P1: a restore and a new point that still wait for `area_lock` then are refused, too."""
     await volume.create_point()
@@ -691,6 +710,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_flush_is_under_way,
     a_fault_comes_while_a_copy_is_on_its_way,
     a_fault_comes_while_a_restore_waits_for_writes,
+    a_point_is_opened_while_its_deletion_waits,
     a_flush_fails_while_others_wait_for_a_check,
     a_flush_fails_while_the_volume_comes_online,
     somebody_is_refused_before_the_fault_is_durable,
@@ -830,6 +850,13 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "_bring_back",
         "protection.look_at_replica()",
         "protection.recorded()",
+    ),
+    "a deletion does not look again": (
+        a_point_is_opened_while_its_deletion_waits,
+        Points,
+        "delete",
+        "wanted=is_free",
+        "wanted=lambda: True",
     ),
     "refused before the fault is durable": (
         somebody_is_refused_before_the_fault_is_durable,

@@ -247,14 +247,18 @@ class Points:
                     hint="'vsnapfs online' goes on with it. With --force it is deleted and the "
                     "replica stays a mixture of two states.",
                 )
-            if core.open_points.get(number) and not force:
-                raise BusyError(
-                    f"recovery point {number} of volume {core.name} is open",
-                    hint="Close what reads it, or use --force (its readers then get ESTALE).",
-                )
-            await self._committed(
-                self.remove([number]), f"recovery point {number} could not be deleted"
-            )
+
+            def is_free() -> bool:
+                if core.open_points.get(number) and not force:
+                    raise BusyError(
+                        f"recovery point {number} of volume {core.name} is open",
+                        hint="Close what reads it, or use --force (its readers then get ESTALE).",
+                    )
+                return True
+
+            is_free()  # And once more when it is to go.
+            work = self.remove([number], wanted=is_free)
+            await self._committed(work, f"recovery point {number} could not be deleted")
         core.log.log("vsnapfs", 1011, volume=core.name, point=number, label=point.label or None)
         if unfinished:
             reason = (
@@ -271,7 +275,7 @@ class Points:
         """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
 
         Asks nobody: eviction comes here from within a write. Nothing if they were gone already.
-        wanted: asked once nothing is left to wait for; they stay if it says no.
+        wanted: asked once nothing is left to wait for; they stay if it says no, or raises.
         tell: says so, where nobody has asked for it. Called before: a kill in between, or a commit
         that fails, and it is said twice, or too early; it never happens without a word.
         """
