@@ -104,7 +104,9 @@ class Trial:
         if ended is not None:
             rig.host, rig.volume = ended, None
         elif w.closed:
-            rig.killed()  # What a growth's thread has left open, the end of the process closes.
+            rig.volume = None
+            # What a growth's thread has left open is closed by the end of the process.
+            rig.host.files["area"].locked = False
         elif self.chosen["end"].startswith("power"):
             rig.crashed(self._choose())
         elif self.chosen["end"].startswith("kill"):
