@@ -104,7 +104,7 @@ class Trial:
         if ended is not None:
             rig.host, rig.volume = ended, None
         elif w.closed:
-            rig.volume = None
+            rig.killed()  # What a growth's thread has left open, the end of the process closes.
         elif self.chosen["end"].startswith("power"):
             rig.crashed(self._choose())
         elif self.chosen["end"].startswith("kill"):

@@ -102,7 +102,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
             "loop_devices": lambda mountpoint: made.loops.get(mountpoint, []),
             "attach_loop": lambda file: made.done.append(("attach", file)) or "/dev/loop7",
             "detach_loop": lambda device: made.done.append(("detach", device)),
-            "unmount": lambda mount, say=None: made.done.append(("unmount", mount.mountpoint)),
+            "unmount": lambda mount, say=None, directory=None: made.done.append(
+                ("unmount", mount.mountpoint)
+            ),
         },
         "server": {
             "spawn": lambda *a, **k: made.done.append(("spawn", a, k)) or 4711,

@@ -21,6 +21,7 @@ from typing import Any
 
 import cli_backend
 import pytest
+import trio
 from cli_backend import MIB, Backend, ok, refused, run
 
 from vsnapfs import config
@@ -213,6 +214,26 @@ def test_a_disk_that_lies_is_noticed(
     )
     refused(run("rp", "export", volume, "3", out / "copy.img"), "reads back differently")
     only(out)
+
+
+@pytest.mark.usefixtures("point")
+def test_the_point_is_looked_up_where_a_trio_can_be_begun(
+    volume: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose server does not answer is opened by the client, in a trio that it begins."""
+    from vsnapfs.daemon import client  # the fake one
+
+    answered = client.call
+
+    def looks_itself(*args: Any, **kwargs: Any) -> Any:
+        async def nothing() -> None: ...
+
+        trio.run(nothing)
+        return answered(*args, **kwargs)
+
+    monkeypatch.setattr(client, "call", looks_itself)
+    ok("rp", "export", volume, "3", out / "copy.img")
+    only(out, "copy.img")
 
 
 @pytest.mark.usefixtures("point")

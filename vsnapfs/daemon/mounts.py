@@ -176,7 +176,8 @@ def unmount(
             f"{shown(mount.mountpoint)} is unmounted, but whether its volume is closed, with all "
             f"acknowledged writes on the disk, is not known: no server answers in "
             f"{shown(mount.volume)}",
-            hint="Was the directory moved? The server closes the volume where it is now. "
+            hint="Was the directory moved, or its control socket removed? The server closes the "
+            "volume where it is now. "
             "'vsnapfs status' there says when that is done; what was left in the write buffer "
             "it carries out.",
             code="not-told",

@@ -19,6 +19,7 @@ Promises:
     our replica         gone from that tmpfs, or rotted            lost: 1043
     our replica         taken over with a later superblock         lost: 1043
     our replica         told of more than the area shows           offline by fault 15, it stays
+    our replica         the same, durability "process": barriers   points suspect: 1045
     our replica         another user's, locked, no descriptor, …   closed
     our replica         no memory to map it                        offline by fault 4, not for good
     our replica         that tmpfs is not here                     closed
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 
 from ..backing import FileId
 from ..diffarea.area import DiffArea
@@ -91,7 +93,7 @@ def adopt(
             if known is None:
                 return ring
             if ring.taken <= known:
-                _refuse_old(core.need_area(), ring)
+                _refuse_old(core, ring)
                 return ring
             # A copy of all files, put back: what it held then has been carried out elsewhere, and
             # what it holds now came later. It stays, for who knows of it.
@@ -126,18 +128,22 @@ def adopt(
     )
 
 
-def _refuse_old(area: DiffArea, ring: Ring) -> None:
+def _refuse_old(core: Core, ring: Ring) -> None:
     """FaultError 15, and the ring is let go, if the area is behind what the ring was told of it.
 
     A copy that was made while it was served looks like the right one in all other ways: preserving
     changes no generation, and the state file is not told of each.
     """
+    area = core.need_area()
     generation, barrier = ring.area
     if area.superblock.generation < generation:
         behind = f"generation {area.superblock.generation}, {generation}"
     # Of an area that is damaged the newest sectors may be gone; nothing is preserved in it anyway.
     elif area.barrier_number < barrier and area.is_sound:
         behind = f"barrier {area.barrier_number}, {barrier}"
+        if area.superblock.process:
+            _suspect(core, area, barrier)
+            return
     else:
         return
     area.is_old = True
@@ -146,6 +152,20 @@ def _refuse_old(area: DiffArea, ring: Ring) -> None:
         FaultCode.EXTERNAL_WRITER_TO_DIFF_AREA,
         f"the diff area ends with {behind} was written before: an old copy of it has been put back",
     )
+
+
+def _suspect(core: Core, area: DiffArea, barrier: int) -> None:
+    """With durability "process" no barrier is synced. The machine has not been down, but the disk
+    of the area may have been, or a sync has failed: copies of all its points may be lost with it.
+    """
+    superblock = area.superblock
+    if superblock.suspect >= superblock.epoch:  # Told already.
+        return
+    area.superblock, area.spoilt = replace(superblock, suspect=superblock.epoch), superblock.epoch
+    count = len(superblock.points)
+    if count and not core.dry_run:
+        reason = f"it ends with barrier {area.barrier_number}, and {barrier} had been written"
+        core.log.log("vsnapfs", 1045, volume=core.name, count=count, reason=reason)
 
 
 def _refuse_elsewhere(name: RingName, here: FileId) -> None:

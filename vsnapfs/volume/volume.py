@@ -84,6 +84,7 @@ class Volume:
         self._is_settled = False
         #: What recovery has found and nobody has been told of: the opening found a fault.
         self._untold: Report | None = None
+        self._accepted_replica = False
 
     @property
     def directory(self) -> Path:
@@ -226,6 +227,7 @@ class Volume:
         changed = None if opened.fault else check_replica(opened.core, accept_changed_replica)
         if changed:
             self.warnings.append(changed)
+            self._accepted_replica = True
         try:
             await self.buffer.adopt(give_up=give_up_write_buffer)
         except FaultError as error:  # The ring knows better than the area; that one comes first.
@@ -529,7 +531,10 @@ class Volume:
             with trio.move_on_after(core.config.hold_timeout):
                 await self._all_is_durable()
             return
-        if not await self._all_is_durable() or area is None or area.superblock.clean:
+        if not await self._all_is_durable() or area is None:
+            return
+        # A replica that was accepted as it is is known from now on, whether it was written or not.
+        if area.superblock.clean and not self._accepted_replica:
             return
         await core.record_spoilt()
         try:
@@ -657,15 +662,14 @@ class Volume:
         """
         what = "giving up the recovery points" if give_up_recovery_points else "coming online"
         async with self.core.admin.turn(what):
+            warnings = []
             if give_up_recovery_points:
                 if self._lacks_memory:
                     raise self.core.out_of_memory("there is no reason to give anything up")
                 async with self.core.shape_lock:
                     warnings = await giveup.give_up_recovery_points(self)
                 self._is_settled, self._untold = True, None
-                return warnings
-            warnings = []
-            if not self.protection.is_online:
+            elif not self.protection.is_online:
                 warnings = await self._bring_back()
             elif not self._is_half_restored:
                 return [f"volume {self.core.name} is already online"]
@@ -701,6 +705,7 @@ class Volume:
                 self._is_settled = True
             await self.buffer.try_again()
             await protection.come_online()
+            await protection.look_at_replica()
         except (FaultError, OSError, VsnapError) as error:
             raise VsnapError(
                 f"volume {core.name} stays offline: {error}",
