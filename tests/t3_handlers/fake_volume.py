@@ -163,6 +163,9 @@ class FakeVolume:
         self.handles.append(FakeHandle(self, self.images[number], number))
         return FakePointHandle(self.handles[-1])
 
+    def list_points(self) -> tuple[FakePoint, ...]:
+        return self.points
+
     def resolve(self, spec: str | int) -> FakePoint:
         for point in self.points:
             if str(spec) == str(point.number) or (point.label and spec == point.label):

@@ -361,6 +361,11 @@ def test_a_missing_diff_area_is_fault_1_until_it_is_back(tmp_path: Path, vol: Pa
     assert result.exit_code == 3
     assert "fault 1 DIFF_AREA_MISSING, volsnap event 80" in result.stdout
     assert "--give-up-recovery-points" in result.stdout
+    # Not to be seen is not the same as none.
+    assert "recovery points  ?\n" in result.stdout
+    assert status(vol)["recovery_points"] is None
+    for args in (("list", vol), ("list", vol, "--json"), ("delete", vol, "1")):
+        refused(run("rp", *args), "the diff area is not open", code=1)
     os.rename(tmp_path / "away", vol / "diff-area")
     assert status(vol)["state"] == "online"
     assert status(vol)["recovery_points"] == 1

@@ -94,7 +94,7 @@ def _table(reports: list[dict[str, Any]]) -> None:
                 status_text.state_word(report),
                 str(report.get("mountpoint") or "-"),
                 *(status_text.size(area.get(k)) for k in ("used", "allocated", "maximum")),
-                str(report.get("recovery_points", "?")),
+                "?" if (points := report.get("recovery_points")) is None else str(points),
             )
         )
     headers = ("volume", "state", "mounted on", "used", "allocated", "maximum", "points")

@@ -227,7 +227,9 @@ def _others(what: str, file: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _points(status: dict[str, Any]) -> str:
-    number = status.get("recovery_points", "?")
+    number = status.get("recovery_points")
+    if number is None:  # The diff area is not open.
+        return "?"
     oldest, latest = status.get("oldest"), status.get("latest")
     if not number or not oldest or not latest:
         return str(number)

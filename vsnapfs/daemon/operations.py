@@ -96,7 +96,9 @@ async def _rp_create(volume: Volume, progress: Progress, *, label: str | None) -
 
 async def _rp_list(volume: Volume, progress: Progress) -> list[dict[str, Any]]:
     suspect = volume.suspect
-    return [point_json(point) | {"suspect": point.number <= suspect} for point in volume.points]
+    return [
+        point_json(point) | {"suspect": point.number <= suspect} for point in volume.list_points()
+    ]
 
 
 async def _rp_resolve(volume: Volume, progress: Progress, *, point: str | int) -> dict[str, Any]:

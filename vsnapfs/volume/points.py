@@ -73,6 +73,7 @@ class Points:
 
     def resolve(self, spec: str | int) -> RecoveryPoint:
         """The point that a number, a label, "latest" or "oldest" names. VsnapError if none."""
+        self._core.need_area()  # Or it might say that there is none.
         points = self._core.points
         text = str(spec)
         if points and text in _WORDS:

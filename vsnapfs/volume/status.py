@@ -39,7 +39,7 @@ def status_of(volume: Volume) -> dict[str, Any]:
         "replica": {"path": str(core.replica.path), "size": core.size}
         | volume.onlookers.status("replica"),
         "unwatched": volume.onlookers.unwatched,
-        "recovery_points": len(points),
+        "recovery_points": len(points) if area else None,
         "oldest": iso(points[0].created_ns) if points else None,
         "latest": iso(points[-1].created_ns) if points else None,
         "block_size": core.block_size,

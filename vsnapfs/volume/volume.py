@@ -617,6 +617,11 @@ class Volume:
 
     # -- operations -----------------------------------------------------------------------------
 
+    def list_points(self) -> list[RecoveryPoint]:
+        """`points`, or VsnapError if the diff area is not open: that is not the same as none."""
+        self.core.need_area()
+        return self.points
+
     def resolve(self, spec: str | int) -> RecoveryPoint:
         """The point that a number, a label, "latest" or "oldest" names. VsnapError."""
         return self.points_service.resolve(spec)
