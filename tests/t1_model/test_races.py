@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -448,6 +449,78 @@ async def a_fault_comes_while_a_restore_waits_for_writes(rig: Rig, volume: Volum
     assert raw_replica(rig) == NEW[:BLOCK] + OLD[BLOCK:]
 
 
+async def a_point_is_opened_while_its_deletion_waits(rig: Rig, volume: Volume) -> None:
+    """Without force whoever reads a point does not lose it, also if the deletion has to wait."""
+    await volume.create_point()
+    async with trio.open_nursery() as nursery:
+        with Pause(rig, "area", "read", at=(0, 1)) as checking:
+            verifying = Doing(nursery, volume.verify())
+            await checking.reached()
+            deleting = Doing(nursery, volume.delete_point(1))
+            await all_stand_still()
+            point = volume.open_point(1)
+            checking.go()
+            with pytest.raises(BusyError):
+                await deleting.ended()
+            await verifying.ended()
+    assert bytes(await point.read(0, SIZE)) == OLD
+    point.close()
+    await volume.delete_point(1)
+
+
+async def a_flush_fails_while_others_wait_for_a_check(rig: Rig, volume: Volume) -> None:
+    """P1: a restore and a new point that still wait for `area_lock` then are refused, too."""
+    await volume.create_point()
+    await write(volume, 0, NEW)
+    for work in (partial(volume.restore, 1, force=True), volume.create_point):
+        replica = volume.open_replica()
+        await replica.flush()  # What a failed one loses does not come back.
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "read", at=(0, 1)) as checking:
+                verifying = Doing(nursery, volume.verify())
+                await checking.reached()
+                asked = Doing(nursery, work())
+                await all_stand_still()
+                rig.host.fail("replica", "sync", errno.EIO)
+                flushing = Doing(nursery, replica.flush())
+                await all_stand_still()
+                checking.go()
+                with pytest.raises(OSError):
+                    await flushing.ended()
+                with pytest.raises(VsnapError) as caught:
+                    await asked.ended()
+                await verifying.ended()
+        replica.close()
+        assert caught.value.code == "offline"
+        assert raw_replica(rig) == NEW
+        assert [point.number for point in volume.points] == [1]
+        await volume.online()
+
+
+async def a_flush_fails_while_the_volume_comes_online(rig: Rig, volume: Volume) -> None:
+    """P1, W4: it is no fault as long as the volume is offline, and one as soon as it is not."""
+    replica = volume.open_replica()
+    async with trio.open_nursery() as nursery:
+        failed = OSError(errno.EIO, "failed")
+        with Pause(rig, "replica", "sync", error=failed) as syncing:
+            flushing = Doing(nursery, replica.flush())
+            await syncing.reached()
+            await volume.go_offline()
+            with Pause(rig, "area", "write") as committing:
+                coming = Doing(nursery, volume.online())
+                await committing.reached()
+                syncing.go()
+                with pytest.raises(OSError):
+                    await flushing.ended()
+                committing.go()
+                with pytest.raises(VsnapError) as caught:
+                    await coming.ended()
+    replica.close()
+    assert caught.value.code == "still-faulted"
+    assert volume.protection.fault is not None
+    assert not await volume.online()
+
+
 async def somebody_is_refused_before_the_fault_is_durable(rig: Rig, volume: Volume) -> None:
     """P1: no refusal is answered before a power failure would find the volume offline."""
     handle = volume.open_replica()
@@ -637,6 +710,9 @@ SCHEDULES: tuple[Schedule, ...] = (
     a_fault_comes_while_a_flush_is_under_way,
     a_fault_comes_while_a_copy_is_on_its_way,
     a_fault_comes_while_a_restore_waits_for_writes,
+    a_point_is_opened_while_its_deletion_waits,
+    a_flush_fails_while_others_wait_for_a_check,
+    a_flush_fails_while_the_volume_comes_online,
     somebody_is_refused_before_the_fault_is_durable,
     points_are_given_up_before_the_fault_is_durable,
     offline_is_asked_for_before_the_fault_is_durable,
@@ -760,6 +836,27 @@ MUTANTS: dict[str, tuple[Schedule, type, str, str, str]] = {
         "_restore",
         "if not self._protection.is_online:",
         "if False:",
+    ),
+    "a new point does not look again once it may commit": (
+        a_flush_fails_while_others_wait_for_a_check,
+        Points,
+        "_take",
+        'require_online("creating a recovery point")\n            core.need_area()',
+        "restoring\n            core.need_area()",
+    ),
+    "what failed while coming online is not looked at": (
+        a_flush_fails_while_the_volume_comes_online,
+        Volume,
+        "_bring_back",
+        "protection.look_at_replica()",
+        "protection.recorded()",
+    ),
+    "a deletion does not look again": (
+        a_point_is_opened_while_its_deletion_waits,
+        Points,
+        "delete",
+        "wanted=is_free",
+        "wanted=lambda: True",
     ),
     "refused before the fault is durable": (
         somebody_is_refused_before_the_fault_is_durable,

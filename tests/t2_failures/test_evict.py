@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -20,7 +21,7 @@ from rig import (
     write,
 )
 from scene import SIZE, Scene
-from schedules import Doing, Pause
+from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER, PowerLoss
 
 from vsnapfs.errors import VsnapError
@@ -326,3 +327,84 @@ def test_a_point_that_goes_while_its_restore_waits_for_writes_is_not_restored() 
         rig = Rig(size=40 * BLOCK, maximum=SMALLEST, on_full="evict")
         rig.threads = True
         rig.run(story)
+
+
+@pytest.mark.parametrize("meanwhile", ["resize", "delete", "offline"])
+def test_no_point_goes_if_there_is_room_once_its_turn_has_come(meanwhile: str) -> None:
+    """An eviction that waits looks again: room has been made, or the write is refused anyway."""
+
+    async def story(volume: Volume) -> None:
+        await write(volume, 0, pattern(1, 40 * BLOCK))
+        await volume.create_point()
+        await write(volume, 0, pattern(2, 8 * BLOCK))
+        await volume.create_point()
+        await write(volume, 0, pattern(3, volume.core.need_area().slots.free * BLOCK))
+        where = {"resize": ("area", "write"), "delete": ("area", "write")}
+        file, operation = where.get(meanwhile, ("area", "read"))
+        busy = {
+            "resize": partial(volume.resize, SMALLEST + 64 * BLOCK),
+            "delete": partial(volume.delete_point, 2),
+        }.get(meanwhile, volume.verify)
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, file, operation, at=(0, 1)) as pause:
+                working = Doing(nursery, busy())
+                await pause.reached()
+                writer = Doing(nursery, write(volume, 38 * BLOCK, pattern(4, BLOCK)))
+                await all_stand_still()
+                if meanwhile == "offline":
+                    offline = Doing(nursery, volume.go_offline())
+                    await all_stand_still()
+                pause.go()
+                await working.ended()
+                if meanwhile == "offline":
+                    await offline.ended()
+                    with pytest.raises(OSError):
+                        await writer.ended()
+                else:
+                    await writer.ended()
+        assert [point.number for point in volume.points] == (
+            [1] if meanwhile == "delete" else [1, 2]
+        )
+        assert 33 not in rig.log.ids()
+        assert await read_point(volume, 1) == pattern(1, 40 * BLOCK)
+
+    with small_steps():
+        rig = Rig(size=40 * BLOCK, maximum=SMALLEST, on_full="evict")
+        rig.threads = True
+        rig.run(story)
+
+
+def test_points_stay_if_the_volume_goes_offline_before_they_are_given_up() -> None:
+    """A copy has failed, and before all points go for it `offline` refuses the write."""
+
+    async def story(volume: Volume) -> None:
+        await write(volume, 0, pattern(1, SIZE))
+        await volume.create_point()
+        failed = OSError(errno.EIO, "failed")
+        async with trio.open_nursery() as nursery:
+            with (
+                Pause(rig, "area", "sync", error=failed) as copying,
+                Pause(rig, "replica", "read", at=(5 * BLOCK, 6 * BLOCK)) as next_one,
+            ):
+                writer = Doing(nursery, write(volume, 0, pattern(2, BLOCK)))
+                await copying.reached()
+                another = Doing(nursery, write(volume, 5 * BLOCK, pattern(2, BLOCK)))
+                await all_stand_still()
+                copying.go()
+                await next_one.reached()
+                offline = Doing(nursery, volume.go_offline())
+                await all_stand_still()
+                next_one.go()
+                await offline.ended()
+                for one in writer, another:
+                    with pytest.raises(OSError):
+                        await one.ended()
+        assert await read_point(volume, 1) == pattern(1, SIZE)
+        await volume.online()
+        await write(volume, 0, pattern(2, SIZE))
+        assert await read_point(volume, 1) == pattern(1, SIZE)
+        assert 14 not in rig.log.ids()
+
+    rig = Rig(size=SIZE, on_full="evict")
+    rig.threads = True
+    rig.run(story)

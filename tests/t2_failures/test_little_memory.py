@@ -54,7 +54,7 @@ def make(directory: Path) -> None:
     volume_id = bytes.fromhex(load(directory).volume_id)
     area, _ = open_area(backing, replica, volume_id)
     area.prepare_growth(area.layout.valid_slots(slots))
-    area.commit_growth(area.layout.valid_slots(slots))
+    area.commit(allocated=area.layout.size_of(area.layout.valid_slots(slots)))
     area.commit(points=(RecoveryPoint(1, 1, ""),), epoch=1)
     for first in range(0, slots, 4096):
         batch = range(first, min(first + 4096, slots))

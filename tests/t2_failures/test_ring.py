@@ -27,6 +27,7 @@ from rig import (
     small_steps,
 )
 from rig import write as write_at
+from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
 from vsnapfs.diffarea.layout import Layout
@@ -371,6 +372,37 @@ async def _by_online(rig: Rig, volume: Volume) -> None:
 
 async def _by_giving_up(rig: Rig, volume: Volume) -> None:
     await volume.online(give_up_recovery_points=True)
+
+
+def test_giving_up_beside_a_close_leaves_no_ring_without_a_name() -> None:
+    """The host is slow, and the volume is closed before the new diff area names the ring: the next
+    opening carries out what it holds all the same.
+    """
+    rig = made(hold_timeout=0.05)
+    rig.threads = True
+
+    async def go(volume: Volume) -> None:
+        await volume.buffer.start()
+        rig.host.fail("area", "sync", errno.EIO)
+        await write_at(volume, 0, NEW)
+        await all_stand_still()
+        assert volume.buffer.stuck
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "state", "sync") as recording:
+                giving_up = Doing(nursery, attempt(volume.online(give_up_recovery_points=True)))
+                await recording.reached()
+                closing = Doing(nursery, volume.close())
+                while volume.buffer.ring is not None:  # noqa: ASYNC110 - it has no event for that
+                    await trio.sleep(0.001)
+                recording.go()
+                await closing.ended()
+                await giving_up.ended()
+
+    rig.run(go)
+    rig.killed()
+    rig.threads = False
+    assert content(rig) == NEW + OLD[BLOCK:]
+    assert lost(rig) == 0
 
 
 @pytest.mark.parametrize("put_back", ["all files", "area"])

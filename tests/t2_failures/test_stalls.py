@@ -13,9 +13,11 @@ from unittest import mock
 
 import pytest
 import trio
+import trio.testing
 from rig import (
     BLOCK,
     SMALLEST,
+    Rig,
     flush,
     pattern,
     read_point,
@@ -27,6 +29,7 @@ from scene import BLOCKS, SIZE, Scene
 from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER
 
+from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
 from vsnapfs.errors import VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume import room as room_module
@@ -228,6 +231,71 @@ def test_a_growth_whose_sync_failed_is_no_reason_to_refuse_the_next(policy: str,
     assert scene.fault is None
     scene.exact()
     scene.works()
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_repair_whose_sync_fails_is_no_reason_to_refuse_a_growth(policy: str) -> None:
+    """The growth waits for `area_lock` meanwhile: no fault, and no point is given up."""
+    scene = used_up(policy)
+    where = SUPERBLOCK_OFFSETS[1]
+    file = scene.rig.host.files["area"]
+    for side in file.cache, file.disk:
+        side.write(where + 100, bytes(byte ^ 1 for byte in side.read(where + 100, 1)))
+
+    async def main(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", "write", at=(where, where + 1)) as mending:
+                repairing = Doing(nursery, volume.repair())
+                await mending.reached()
+                writing = Doing(nursery, write(volume, 0, NEW))
+                await all_stand_still()
+                failure = scene.rig.host.fail("area", "sync", errno.EIO)
+                mending.go()
+                assert not (await repairing.ended())["ok"]
+                assert failure.fired
+                await writing.ended()
+
+    scene.run(main)
+    assert scene.fault is None
+    scene.exact()
+    scene.works()
+
+
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_a_shrink_gives_way_to_a_write_that_waits_already(policy: str) -> None:
+    """Its growth would wait for the shrink: the write would meet a full area, or a time limit."""
+
+    async def main(volume: Volume) -> None:
+        area = volume.core.need_area()
+        await write(volume, 0, old)
+        await volume.create_point()
+        await write(volume, 0, pattern(2, 30 * BLOCK))
+        while volume.room.status()["seconds"] is not None:  # noqa: ASYNC110 - growing ahead
+            await trio.sleep(0.001)
+        total = area.layout.size_of(len(area.slots))
+        await volume.resize(SMALLEST + 64 * BLOCK)
+        lacking = area.slots.free + 1
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "sync") as syncing:
+                first = Doing(nursery, write(volume, 40 * BLOCK, pattern(3, BLOCK)))
+                await syncing.reached()
+                shrinking = Doing(nursery, volume.resize(total - 4 * BLOCK))
+                await all_stand_still()
+                waiting = Doing(nursery, write(volume, 41 * BLOCK, pattern(4, lacking * BLOCK)))
+                await all_stand_still()
+                syncing.go()
+                await first.ended()
+                with pytest.raises(VsnapError) as caught:
+                    await shrinking.ended()
+                await waiting.ended()
+        assert caught.value.code == "gave-up"
+        assert await read_point(volume, 1) == old
+
+    old = pattern(1, 64 * BLOCK)
+    maximum = SMALLEST + 16 * BLOCK
+    rig = Rig(size=64 * BLOCK, maximum=maximum, on_full=policy, zero_blocks="copy")
+    rig.threads = True
+    rig.run(main)
 
 
 @pytest.mark.parametrize("buffer", [0, 4 * BLOCK + 4096], ids=["direct", "buffered"])
@@ -478,5 +546,45 @@ def test_a_write_waits_no_longer_once_points_are_deleted(policy: str, buffer: in
 
     while_it_stalls(scene, schedule)
     assert scene.ids() == []
+    assert scene.fault is None
+    scene.exact()
+
+
+@BUFFERS
+def test_a_write_that_has_waited_for_the_gate_looks_whether_there_is_room_by_now(
+    buffer: int,
+) -> None:
+    """It has waited too long for the growth, which ends while a new point holds the gate."""
+    scene = used_up("offline", buffer=buffer, hold_timeout=3600.0)
+    clock = trio.testing.MockClock()  # It stands still.
+    scene.rig.clock = lambda: clock
+
+    async def until(condition: Callable[[], bool]) -> None:
+        while not condition():
+            await trio.lowlevel.checkpoint()
+
+    async def main(volume: Volume) -> None:
+        area = volume.core.need_area()
+        async with trio.open_nursery() as nursery:
+            with (
+                Pause(scene.rig, "area", "allocate") as growing,
+                Pause(scene.rig, "replica", "sync", nth=2) as syncing,
+            ):
+                writing = Doing(nursery, write(volume, 0, NEW))
+                await until(lambda: growing.was_reached)
+                creating = Doing(nursery, volume.create_point())
+                await until(lambda: syncing.was_reached)
+                assert volume.core.gate.closed
+                clock.jump(60)
+                await trio.testing.wait_all_tasks_blocked()
+                growing.go()
+                await until(lambda: area.slots.free > 0)
+                syncing.go()
+                scene.points[(await creating.ended()).number] = before
+                await writing.ended()
+        assert bytes(await read_replica(volume))[: len(NEW)] == NEW
+
+    before = scene.replica()
+    scene.run(main)
     assert scene.fault is None
     scene.exact()

@@ -277,6 +277,14 @@ def bad_creations() -> list[Any]:
             id="image onto a replica",
         ),
         pytest.param((new, "--replica", "{t}/empty", *area), "at least one byte", id="empty"),
+        pytest.param(
+            (new, "--size", "1M", "--replica", "{t}/empty", *area), "Remove it", id="killed at once"
+        ),
+        pytest.param(
+            ("{t}/killed", "--size", "1M", *area, "--diff-area", "{t}/vol/diff-area", "--force"),
+            "remove it",
+            id="killed at the end",
+        ),
     ]
 
 
@@ -287,6 +295,8 @@ def test_bad_creations_change_nothing(
     """Each is refused with its own words, and every file is as it was before."""
     (tmp_path / "file").write_text("precious")
     (tmp_path / "empty").touch()
+    (tmp_path / "killed").mkdir(mode=0o700)
+    (tmp_path / "killed" / "state").write_bytes(bytes(8192))  # Of a `create` that was killed.
     before = snapshot_of(tmp_path)
     result = run("create", *(arg.format(t=tmp_path) for arg in args))
     assert result.exit_code in (1, 2)

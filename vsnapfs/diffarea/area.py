@@ -324,7 +324,7 @@ class DiffArea(MendableStore):
     def prepare_growth(self, slots: int) -> None:
         """Reserve space for `slots` slots in all and write the new groups' empty tables.
 
-        Touches nothing that is in use and may run beside barriers. `commit_growth` makes it
+        Touches nothing that is in use and may run beside barriers. A commit of `allocated` makes it
         count. FaultError 10 (the host gives no space), 12 (the host cannot reserve space), 3 or 15
         (`require_sound`).
         """
@@ -359,10 +359,6 @@ class DiffArea(MendableStore):
                     self.backing.truncate(self.allocated)
             except OSError:
                 return
-
-    def commit_growth(self, slots: int) -> None:
-        """Make a prepared growth count, durably. The caller then resizes `slots`."""
-        self.commit(allocated=self.layout.size_of(slots))
 
     def move_copies(self, moves: Sequence[tuple[int, int, int, int]]) -> None:
         """Duplicate copies into lower slots, durably: (block, epoch, old slot, new slot) each.

@@ -77,6 +77,9 @@ class WriteBuffer:
         self._retired = False
         #: Whether it is ours for good: until then it must stay as the one before has left it.
         self._is_taken = False
+        #: Name and barrier of the ring that `close` has left for the next opening. Whoever commits
+        #: beside the end of a volume (`online` does) must go on naming it.
+        self._left, self._is_removed = (NO_RING, 0), False
         #: Whether what cannot be used may be given up, and whether an opening has decided on it.
         self._may_give_up = self._decided = False
         self.reason = "" if store is not None and size else "it is switched off"
@@ -110,12 +113,12 @@ class WriteBuffer:
     @property
     def name(self) -> RingName:
         """The ring that the superblock is to name."""
-        return self.ring.name if self.ring is not None else NO_RING
+        return self.ring.name if self.ring is not None else self._left[0]
 
     @property
     def barrier(self) -> int:
         """The newest barrier that the ring knows of, 0 without a ring."""
-        return self.ring.area[1] if self.ring is not None else 0
+        return self.ring.area[1] if self.ring is not None else self._left[1]
 
     @property
     def is_open(self) -> bool:
@@ -203,7 +206,8 @@ class WriteBuffer:
         """
         saved = self._protection.saved
         # Where there was no area to name one, nothing has been given up yet: it may be usable.
-        if self.ring is None and not (self._may_give_up and self._decided):
+        decided = self._ended or (self._may_give_up and self._decided)
+        if self.ring is None and not decided:
             await self._adopt(saved.ring, saved.boot, give_up=self._may_give_up)
             # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
             self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
@@ -300,6 +304,7 @@ class WriteBuffer:
         if self._store is not None and not self._core.dry_run:
             if self.ring is not None:
                 self._store.remove(self.ring)
+                self._is_removed = True
             self._store.tidy(self._core.volume_id, self._core.replica.file_id())
 
     def doubt(self) -> str:
@@ -318,6 +323,8 @@ class WriteBuffer:
         """Give the memory back; the ring stays for the next opening unless it was removed."""
         ring, self.ring = self.ring, None
         if ring is not None:
+            if not self._is_removed:
+                self._left = ring.name, ring.area[1]
             ring.close()
 
     # -- for writers: no await in any of these --------------------------------------------------

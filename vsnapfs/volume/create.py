@@ -23,6 +23,7 @@ from ..config import (
     DEFAULT_DIFF_AREA,
     DEFAULT_GROW_TIMEOUT,
     DEFAULT_REPLICA,
+    STATE_NAME,
     Durability,
     OnFull,
     VolumeConfig,
@@ -128,6 +129,14 @@ def _check(
     area_path = _absolute(diff_area, where / DEFAULT_DIFF_AREA)
     if os.path.realpath(replica_path) == os.path.realpath(area_path):
         raise UsageError(f"replica and diff area are both {replica_path}; they must differ")
+    if os.path.lexists(state := where / STATE_NAME):
+        # Whatever there is to overwrite would have been overwritten when that came to light.
+        raise UsageError(
+            f"{state} already exists, but no {CONFIG_NAME}",
+            hint=f"If there was a volume here, bring {CONFIG_NAME} back. A 'create' that was "
+            "killed leaves such a file, too: remove it, or choose another directory.",
+            code="exists",
+        )
     for path in (replica_path, area_path):
         if path.name in ("state", "events.jsonl", "volume.toml", "control.sock") and (
             path.parent == where
@@ -171,6 +180,11 @@ def _size_of(size: int | None, replica: Path | None, image: Path | None) -> int:
         final = size
     else:
         there = _bytes_in(source)
+        if source == replica and not there and not _is_device(source):
+            raise UsageError(
+                f"{source} is empty: a volume must have at least one byte",
+                hint="Remove it, and 'create' makes it anew: one that was killed may have left it.",
+            )
         if image is not None and size is not None and size > there:
             there = size
         if size is not None and size != there:

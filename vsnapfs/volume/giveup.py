@@ -87,6 +87,7 @@ async def give_up_recovery_points(volume: Volume) -> list[str]:
             await in_thread(volume.reopen_replica)
         await volume.buffer.try_again()
         await protection.come_online()
+        await protection.look_at_replica()
     except (FaultError, OSError) as error:
         raise VsnapError(
             f"volume {core.name} stays offline, no new diff area could be made: {error}",

@@ -159,7 +159,10 @@ class Points:
             label = oldest.label or None
             core.log.log("volsnap", 58, volume=core.name, point=oldest.number, label=label)
 
-        work = self.remove([oldest.number], tell)
+        def wanted() -> bool:
+            return self._protection.is_online and len(core.points) >= MAX_POINTS
+
+        work = self.remove([oldest.number], tell, wanted)
         await self._committed(work, "no recovery point was taken")
 
     async def _take(self, number: int, label: str) -> RecoveryPoint:
@@ -170,6 +173,7 @@ class Points:
 
         async def commit() -> RecoveryPoint:
             async with core.area_lock:
+                self._protection.require_online("creating a recovery point")
                 core.need_area().require_sound()  # Or its first copy would be the next failure.
                 core.admin.begin()
                 point = RecoveryPoint(await self._still_free(number), now_ns(), label)
@@ -243,14 +247,18 @@ class Points:
                     hint="'vsnapfs online' goes on with it. With --force it is deleted and the "
                     "replica stays a mixture of two states.",
                 )
-            if core.open_points.get(number) and not force:
-                raise BusyError(
-                    f"recovery point {number} of volume {core.name} is open",
-                    hint="Close what reads it, or use --force (its readers then get ESTALE).",
-                )
-            await self._committed(
-                self.remove([number]), f"recovery point {number} could not be deleted"
-            )
+
+            def is_free() -> bool:
+                if core.open_points.get(number) and not force:
+                    raise BusyError(
+                        f"recovery point {number} of volume {core.name} is open",
+                        hint="Close what reads it, or use --force (its readers then get ESTALE).",
+                    )
+                return True
+
+            is_free()  # And once more when it is to go.
+            work = self.remove([number], wanted=is_free)
+            await self._committed(work, f"recovery point {number} could not be deleted")
         core.log.log("vsnapfs", 1011, volume=core.name, point=number, label=point.label or None)
         if unfinished:
             reason = (
@@ -258,10 +266,16 @@ class Points:
             )
             core.log.log("vsnapfs", 1091, volume=core.name, reason=reason)
 
-    async def remove(self, numbers: list[int], tell: Callable[[], None] | None = None) -> None:
+    async def remove(
+        self,
+        numbers: list[int],
+        tell: Callable[[], None] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Delete points durably, then free what only they needed. FaultError 7, 13, 14, 15.
 
         Asks nobody: eviction comes here from within a write. Nothing if they were gone already.
+        wanted: asked once nothing is left to wait for; they stay if it says no, or raises.
         tell: says so, where nobody has asked for it. Called before: a kill in between, or a commit
         that fails, and it is said twice, or too early; it never happens without a word.
         """
@@ -269,7 +283,7 @@ class Points:
         area = core.need_area()
         async with core.area_lock:
             remaining = tuple(point for point in core.points if point.number not in numbers)
-            if len(remaining) == len(core.points):
+            if len(remaining) == len(core.points) or not wanted():
                 return
             restoring = area.superblock.restoring
             core.admin.begin()
@@ -300,19 +314,23 @@ class Points:
         kept = area.index.live_slots(live)
         area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
 
-    async def forget_all(self, tell: Callable[[list[int]], None]) -> FaultError | None:
+    async def forget_all(
+        self, tell: Callable[[list[int]], None], look: Callable[[], None]
+    ) -> FaultError | None:
         """Give up every point even if the diff area cannot be written any more. FaultError 13.
 
         The state file records the loss first: a superblock that could not be changed must not
         bring the points back, their blocks are going to be overwritten without a copy. Nor may one
         copy of it that a failed commit has left behind. Returns why it could not be changed.
         tell: says which points are lost, if there are any, before they are anywhere but recorded
-        so: the next opening says it for those that it drops.
+        so: the next opening says it for those that it drops. look: called once nothing is left to
+        wait for; raises a FaultError if they are to stay after all.
         """
         core, protection = self._core, self._protection
         area = core.need_area()
         failure: FaultError | None = None
         async with core.area_lock:
+            look()
             numbers = [point.number for point in core.points]
             number = max(area.superblock.epoch, protection.saved.epoch)
             if number > protection.saved.given_up:

@@ -70,9 +70,11 @@ class Policy:
         #: Why the diff area, which cost all points, could not even record that.
         self._failure: FaultError | None = None
         self._giving_up = trio.Lock()
-        self.remove_points: Callable[[list[int], Callable[[], None]], Awaitable[None]]
+        self.remove_points: Callable[
+            [list[int], Callable[[], None], Callable[[], bool]], Awaitable[None]
+        ]
         self.forget_all_points: Callable[
-            [Callable[[list[int]], None]], Awaitable[FaultError | None]
+            [Callable[[list[int]], None], Callable[[], None]], Awaitable[FaultError | None]
         ]
 
     # -- the table --------------------------------------------------------------------------------
@@ -130,9 +132,19 @@ class Policy:
     async def _evict_oldest(self, error: FaultError, needed: int) -> FaultError | None:
         """Returns why it could not be removed."""
         core = self._core
+
+        def wanted() -> bool:
+            # Many writes may have met the same lack: one point is enough if that makes room. And
+            # while this waited a deletion or a resize may have made some, or the volume have gone
+            # offline: then no write goes through for it.
+            area = core.need_area()
+            room = area.slots.free
+            if error.code is FaultCode.DIFF_AREA_FULL:
+                room += area.growable_slots
+            return self.is_online and room < needed
+
         async with self._giving_up:
-            # Many writes may have met the same lack: one point is enough if that makes room.
-            if not core.points or core.need_area().slots.free >= needed:
+            if not core.points or not wanted():
                 return None
             oldest = core.points[0]
 
@@ -142,7 +154,7 @@ class Policy:
                 core.log_area(number, reason=error.message, point=oldest.number, label=label)
 
             try:
-                await self.remove_points([oldest.number], tell)
+                await self.remove_points([oldest.number], tell, wanted)
             except FaultError as failure:
                 return failure
         return None
@@ -159,10 +171,14 @@ class Policy:
             told = True
             self.tell_lost(points, error.message)
 
+        def look() -> None:
+            if not self.is_online:  # Since it was decided. No write goes through for it.
+                raise error
+
         async with self._giving_up:
             known = self._failure
             try:
-                self._failure = await self.forget_all_points(tell)
+                self._failure = await self.forget_all_points(tell, look)
             except FaultError as failure:
                 return failure
         if self._failure is None and not core.need_area().is_sound:

@@ -313,6 +313,14 @@ class Protection:
         core.log.reset_flush_failures()
         core.changed()
 
+    async def look_at_replica(self) -> None:
+        """Right after `come_online`: a flush from before may have failed since the replica was
+        opened anew. That was no fault then, and is one now.
+        """
+        if self._core.replica_failed:
+            text = "the replica could not be synced: a flush failed while the volume came online"
+            await self.trip(FaultError(FaultCode.IO_FAILURE, text, errno=errno.EIO))
+
     def save_online(self) -> None:
         """Write "online" to the state file. OSError."""
         self.save(offline=False, fault=None)

@@ -136,13 +136,14 @@ class Restore:
                 errno=error.errno or errno.ENOSPC,
                 code="no-room",
             ) from error
-        if not self._protection.is_online:  # By a write or flush that was under way.
-            self._protection.require_online("restoring")
-        core.admin.begin()
-        # Nothing can refuse it any more: what was open until now is dead (forced), writes wait.
-        self._protection.session += 1
         try:
             async with core.area_lock:
+                if not self._protection.is_online:  # By a write or flush that was under way.
+                    self._protection.require_online("restoring")
+                core.admin.begin()
+                # Nothing can refuse it any more: what was open until now is dead (forced), writes
+                # wait.
+                self._protection.session += 1
                 await core.commit(restoring=number)
         except FaultError as error:
             await self._policy.failed(error, needed=len(new))

@@ -23,7 +23,7 @@ from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
 from ..errors import FaultCode, FaultError, VsnapError, unexpected
 from ..units import format_size
-from .core import Core, in_thread, leave_in_thread
+from .core import Core, leave_in_thread
 from .policy import Policy
 
 _LOW_WATER = 256
@@ -131,7 +131,7 @@ class Room:
 
     async def _grow_for(self, count: int) -> None:
         """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
-        there may be room, or no copy is needed any more.
+        there may be room, or no copy is needed any more. Or until a shrink begins.
         """
         area, points = self._core.need_area(), self._core.points
         if area.slots.free >= count:
@@ -151,6 +151,8 @@ class Room:
                 await growth.news.wait()
                 if not self._policy.is_online or not set(points) <= set(self._core.points):
                     return
+                if area.slots.limit is not None:
+                    return  # A shrink has begun, which would hold up the growth: it gives up.
         finally:
             growth.waiting -= 1
         if growth.error is not None and area.slots.free < count:
@@ -176,6 +178,7 @@ class Room:
         """Give out only slots below `count`, until a write needs more: that cancels `shrink`."""
         self._core.need_area().slots.limit = count
         self._shrink = shrink
+        self._state_changed()
 
     def begin_cut(self) -> None:
         """The shrink can no longer be given up; the limit stays until it is done."""
@@ -320,9 +323,10 @@ class Room:
                 target = max(least, area.layout.valid_slots((len(area.slots) + target) // 2))
                 continue
             async with core.area_lock:
-                await in_thread(area.commit_growth, target)
+                # Another sync may have failed while this waited (a repair's). What is prepared is
+                # durable all the same; `commit` takes back what is not.
+                await core.commit(allocated=area.layout.size_of(target))
                 area.slots.resize(target)
-                core.note_area()
             return
 
     async def _prepare(self, area: DiffArea, target: int) -> None:

@@ -657,15 +657,14 @@ class Volume:
         """
         what = "giving up the recovery points" if give_up_recovery_points else "coming online"
         async with self.core.admin.turn(what):
+            warnings = []
             if give_up_recovery_points:
                 if self._lacks_memory:
                     raise self.core.out_of_memory("there is no reason to give anything up")
                 async with self.core.shape_lock:
                     warnings = await giveup.give_up_recovery_points(self)
                 self._is_settled, self._untold = True, None
-                return warnings
-            warnings = []
-            if not self.protection.is_online:
+            elif not self.protection.is_online:
                 warnings = await self._bring_back()
             elif not self._is_half_restored:
                 return [f"volume {self.core.name} is already online"]
@@ -701,6 +700,7 @@ class Volume:
                 self._is_settled = True
             await self.buffer.try_again()
             await protection.come_online()
+            await protection.look_at_replica()
         except (FaultError, OSError, VsnapError) as error:
             raise VsnapError(
                 f"volume {core.name} stays offline: {error}",

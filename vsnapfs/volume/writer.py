@@ -261,13 +261,19 @@ class Writer:
             gate.inside += 1  # `write` counts it out; who is given up here awaits nothing before.
         if session != protection.session or not protection.is_online:
             raise await protection.refuse()
-        if failure is not None:
+        # Whoever held the gate may have taken long: by now there may be room, or copies.
+        if failure is not None and self._lacks_room(blocks):
             failure.block = blocks[0]
             await self._policy.failed(
                 failure, growing=True, offset=offset, length=length, needed=len(blocks)
             )
             if not protection.is_online:
                 raise await protection.refuse()
+
+    def _lacks_room(self, blocks: Sequence[int]) -> bool:
+        core = self._core
+        needed = [block for block in blocks if core.points and block not in core.preserved]
+        return core.need_area().slots.free < len(needed)
 
     async def _slots_come_back(self) -> bool:
         """Of slots that are reserved, those for blocks of zeros will not be used: wait for that.
