@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,6 +222,38 @@ def test_a_server_that_ends_before_it_began_leaves_the_work_to_us(
         assert client.call(tmp_path, "rp_create", label="x")["number"] == 1
     assert asked == [{"op": "rp_create", "params": {"label": "x"}}]
     assert len(openings.volumes[0].points) == 1
+
+
+@pytest.mark.parametrize(("seconds", "answers", "in_time"), [(60, 21, True), (120, 32, False)])
+def test_a_server_that_is_closing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, answers: int, in_time: bool
+) -> None:
+    """What was asked of a server that ends is done here as soon as it has closed the volume, which
+    may last as long as `umount` waits for it.
+    """
+    openings, now = Openings(), [time.monotonic()]
+    monkeypatch.setattr(vsnapfs.volume, "Volume", openings)
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.append(now.pop() + 3))
+    monkeypatch.setattr(client, "time", clock)
+    end = now[0] + seconds
+
+    async def open_later(directory: Path, **_: Any) -> FakeVolume:
+        if now[0] < end:
+            raise BusyError(f"{directory} is in use by another process")
+        openings.volumes.append(FakeVolume(directory))
+        return openings.volumes[-1]
+
+    monkeypatch.setattr(openings, "open", open_later)
+    closing = b'{"accepted": "rp_create", "begins": true}\n'
+    closing += b'{"error": {"code": "closing"}, "begun": false}\n'
+    said: list[str] = []
+    with played(tmp_path, *[closing] * answers):
+        if in_time:
+            assert client.call(tmp_path, "rp_create", label="x", say=said.append)["number"] == 1
+        else:
+            with pytest.raises(BusyError, match="another process"):
+                client.call(tmp_path, "rp_create", say=said.append)
+    assert said == ["Waiting for: the volume to be unmounted"]
 
 
 def test_an_operation_is_never_begun_twice(tmp_path: Path, openings: Openings) -> None:

@@ -12,6 +12,7 @@ up (Ctrl-C, those 30 s) is told whether the operation had begun: if not, it is n
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import stat
@@ -43,6 +44,8 @@ _SILENCE_SECONDS = 30.0
 # How long a lock may be held by somebody who does not answer: a server that is opening or closing
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
+# How long a server that closes the volume is waited for: as long as `umount` waits.
+_CLOSE_SECONDS = 90.0
 # What needs nothing but the recovery points, which a volume that must stay closed still has.
 _LOOKING = ("status", "rp_list", "rp_resolve", "verify")
 
@@ -60,17 +63,18 @@ Say = Callable[[str], None]
 """say(sentence): what the user may want to know while he waits."""
 
 
+@dataclass(eq=False)
 class _NotServed(Exception):
     """Nobody answers, or the server ended before it began the operation.
 
-    was_there: it said something before it hung up. denied: what to say if somebody does serve it:
-    of a socket that is another user's the kernel does not tell whether anybody listens.
+    was_there: it said something before it hung up. closing: it is about to close the volume.
+    denied: what to say if somebody does serve it: of a socket that is another user's the kernel
+    does not tell whether anybody listens.
     """
 
-    def __init__(self, *, was_there: bool = False, denied: VsnapError | None = None) -> None:
-        super().__init__()
-        self.was_there = was_there
-        self.denied = denied
+    was_there: bool = False
+    closing: bool = False
+    denied: VsnapError | None = None
 
 
 class _Locked(Exception):
@@ -99,6 +103,7 @@ def call(
     """
     folder = Path(os.path.realpath(directory))
     give_up = time.monotonic() + _LOCK_SECONDS
+    closed_by = math.inf
     request = _Request(_SERVER_ONLY.get(op) or OPERATIONS[op], params, progress, say or _silent)
     with CtrlC() as ctrl_c:
         while True:
@@ -109,6 +114,12 @@ def call(
                 if nobody.was_there:
                     # It may have waited for long, for a host that hung: now it is asked anew.
                     give_up = time.monotonic() + _LOCK_SECONDS
+                if nobody.closing:
+                    # Its last operation may take long. It answers until the lock is free.
+                    if closed_by == math.inf:
+                        closed_by = time.monotonic() + _CLOSE_SECONDS
+                        request.say("Waiting for: the volume to be unmounted")
+                    give_up = min(time.monotonic() + _LOCK_SECONDS, closed_by)
             if ctrl_c.count:
                 raise interrupted(request.operation, NOT_BEGUN)
             if op in _SERVER_ONLY:
@@ -294,7 +305,7 @@ def _ask(folder: Path, request: _Request, ctrl_c: CtrlC) -> Any:
 def _refused(answer: dict[str, Any], talk: Talk) -> Exception:
     error = VsnapError.from_json(answer["error"])
     if error.code == "closing" and (not talk.accepted or answer.get("begun") is False):
-        return _NotServed()
+        return _NotServed(closing=True)
     return error
 
 
