@@ -23,6 +23,7 @@ from rig import (
     attempt,
     flush,
     pattern,
+    raw_replica,
     read_points,
     small_steps,
 )
@@ -491,6 +492,52 @@ def test_closing_says_that_a_ring_waits_for_its_area(how: str) -> None:
     assert content(rig) == NEW + OLD[BLOCK:]
     assert rig.run(close) == ""
     assert lost(rig) == 0
+
+
+@pytest.mark.parametrize("how", ["gone", "an old copy"])
+def test_a_mount_that_cannot_tell_syncs_the_replica_before_it_ends(how: str) -> None:
+    """What a killed process acknowledged is on the disk after an unmount that says so, though the
+    diff area, which would say that it may not be, is not there.
+    """
+    rig = Rig(size=SIZE)
+    rig.close()
+    area = rig.host.files["area"]
+    old = replace(area, cache=area.cache.copy(), disk=area.disk.copy(), inode=area.inode + 1000)
+
+    async def close(volume: Volume) -> None:
+        await volume.close()
+        assert volume.left_behind == ""
+
+    rig.run(lambda volume: write_at(volume, 0, NEW))
+    rig.killed()
+    right = rig.host.files.pop("area")
+    if how == "an old copy":
+        rig.host.files["area"] = old
+    rig.run(close, mountpoint="/mnt")
+    rig.crashed()
+    rig.host.files["area"] = right
+    assert raw_replica(rig)[: len(NEW)] == NEW
+
+
+def test_closing_says_that_writes_in_flight_were_not_waited_for() -> None:
+    """What was acknowledged before them is in no sync then."""
+    rig = made(buffer=0, hold_timeout=0.05)
+    rig.threads = True
+
+    async def go(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "sync") as pause:
+                writing = Doing(nursery, attempt(write_at(volume, 0, NEW)))
+                await pause.reached()
+                closing = Doing(nursery, volume.close())
+                with trio.fail_after(5):
+                    while not volume.left_behind:  # noqa: ASYNC110 - it has no event for that
+                        await trio.sleep(0.001)
+                pause.go()
+                await writing.ended()
+                await closing.ended()
+
+    rig.run(go)
 
 
 def test_an_old_area_put_back_does_not_cost_the_ring() -> None:

@@ -503,6 +503,7 @@ class Volume:
                     await self._leave()
             except trio.TooSlowError:
                 self.protection.session += 1
+                self.left_behind = "writes in flight took too long"
                 await self._end_growth()
             self._stop.set()
             await self._stopped.wait()
@@ -561,7 +562,7 @@ class Volume:
             why = "some may wait in a write buffer for the diff area that belongs to it"
         elif core.replica_failed:
             why = f"a sync of the replica has failed: {core.replica_error}"
-        elif core.area is not None and not core.area.superblock.clean:
+        elif self._may_be_unsynced:
             try:
                 await core.flush_replica()
             except Exception as error:  # noqa: BLE001 - it is closed all the same
@@ -569,6 +570,14 @@ class Volume:
                 self._could_not(error)
         self.left_behind = why
         return not why
+
+    @property
+    def _may_be_unsynced(self) -> bool:
+        """Whether something acknowledged, by a killed process perhaps, may be in no sync yet."""
+        area = self.core.area
+        if area is not None and not area.is_old:
+            return not area.superblock.clean
+        return self.mountpoint is not None  # It cannot tell. Who unmounts is told that all is done.
 
     def _could_not(self, error: Exception) -> None:
         text = f"the volume could not be closed: {error!r}"
