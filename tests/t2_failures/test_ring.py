@@ -406,6 +406,33 @@ def test_giving_up_beside_a_close_leaves_no_ring_without_a_name() -> None:
     assert lost(rig) == 0
 
 
+def test_giving_up_beside_a_close_does_not_name_the_ring_that_is_removed() -> None:
+    """It was empty: the next opening misses nothing."""
+    rig = made()
+    rig.threads = True
+
+    async def go(volume: Volume) -> None:
+        await volume.buffer.start()
+        await volume.go_offline()
+        async with trio.open_nursery() as nursery:
+            with Pause(rig, "area", "sync") as committing:
+                closing = Doing(nursery, volume.close())
+                await committing.reached()
+                giving_up = Doing(nursery, attempt(volume.online(give_up_recovery_points=True)))
+                with trio.fail_after(5):
+                    while not volume.core.area_lock.statistics().tasks_waiting:
+                        await trio.sleep(0.001)
+                committing.go()
+                await closing.ended()
+                await giving_up.ended()
+
+    rig.run(go)
+    rig.killed()
+    rig.threads = False
+    assert content(rig) == OLD
+    assert lost(rig) == 0
+
+
 @pytest.mark.parametrize("put_back", ["all files", "area"])
 @pytest.mark.parametrize("way", [_by_repair, _by_online, _by_giving_up])
 def test_old_copies_look_old_however_the_opening_between_came_online(

@@ -113,7 +113,9 @@ class WriteBuffer:
     @property
     def name(self) -> RingName:
         """The ring that the superblock is to name."""
-        return self.ring.name if self.ring is not None else self._left[0]
+        if self.ring is not None and not self._is_removed:
+            return self.ring.name
+        return self._left[0]
 
     @property
     def barrier(self) -> int:
@@ -299,12 +301,17 @@ class WriteBuffer:
             return False
         return True
 
+    def is_over(self) -> None:
+        """It is empty, stays so, and is going to be removed. No commit names it from here on. The
+        caller holds `area_lock`.
+        """
+        self._is_removed = True
+
     def remove(self) -> None:
         """In a worker thread: the superblock names no ring any more."""
         if self._store is not None and not self._core.dry_run:
             if self.ring is not None:
                 self._store.remove(self.ring)
-                self._is_removed = True
             self._store.tidy(self._core.volume_id, self._core.replica.file_id())
 
     def doubt(self) -> str:

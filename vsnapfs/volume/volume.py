@@ -544,6 +544,7 @@ class Volume:
             if area.superblock.restoring or not area.is_sound:
                 return
             async with core.area_lock:
+                self.buffer.is_over()
                 await core.commit(clean=True, replica=core.replica.identity(), ring=NO_RING)
             await in_thread(self.buffer.remove)
             await in_thread(self.protection.save)
