@@ -420,7 +420,8 @@ def test_giving_up_beside_a_close_does_not_name_the_ring_that_is_removed() -> No
                 await committing.reached()
                 giving_up = Doing(nursery, attempt(volume.online(give_up_recovery_points=True)))
                 with trio.fail_after(5):
-                    while not volume.core.area_lock.statistics().tasks_waiting:
+                    lock = volume.core.area_lock
+                    while not lock.statistics().tasks_waiting:  # noqa: ASYNC110 - no event for it
                         await trio.sleep(0.001)
                 committing.go()
                 await closing.ended()
