@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from pathlib import Path
@@ -298,3 +299,33 @@ def test_a_node_of_another_device_is_not_touched() -> None:
     """A name below /dev may mean something else by now."""
     with pytest.raises(OSError, match="is not 1:99"), above._node("1:99", "null"):
         pass
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/dev/fuse") or not hasattr(ctypes.CDLL(None), "close_range"),
+    reason="needs FUSE and a glibc from 2.34 on",
+)
+def test_no_thread_that_may_hang_keeps_the_mount(tmp_path: Path) -> None:
+    """What waits for our own mount, and cannot be killed, holds no /dev/fuse, so that the mount of
+    a server that is killed meanwhile ends; it opens and closes what it needs all the same.
+    """
+    fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    others = os.open(tmp_path, os.O_RDONLY | os.O_CLOEXEC)
+    found: list[bool] = []
+
+    def look() -> None:
+        place = above._opened(str(tmp_path))
+        same = os.fstat(place).st_ino == tmp_path.stat().st_ino
+        os.close(place)
+        here = Path("/proc/thread-self/fd")
+        held = [os.readlink(entry) for entry in here.iterdir() if entry.is_symlink()]
+        found.extend((same, "/dev/fuse" in held, str(tmp_path) in held))
+
+    try:
+        above._started(look).join()
+        assert found == [True, False, False]
+        assert os.readlink(f"/proc/self/fd/{fuse}") == "/dev/fuse"  # everybody else has it still
+        assert os.readlink(f"/proc/self/fd/{others}") == str(tmp_path)
+    finally:
+        os.close(fuse)
+        os.close(others)

@@ -8,7 +8,8 @@ over one of those or over a file in a file system on one of those, and so on. Pr
   found in whatever mount namespace it is; one that was unmounted lazily is reached by its device;
 * what lies on top is synced first, with its device after it, and then what is below: so what the
   uppermost one held back has come through all of them when the loop devices on our mount are done;
-* one that hangs takes half of the time that is left, at most, from what is below it.
+* one that hangs takes half of the time that is left, at most, from what is below it;
+* a server that is killed meanwhile ends: no thread in here keeps its mount alive.
 
 All of it blocks, and may have to ask the very process that serves the volume: so call `Syncing`,
 which does it in threads of its own. Plain ones: who hangs is left to end with the mount.
@@ -41,6 +42,7 @@ _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO = struct.Struct("=QQQ")  # device and inode of the file, device if it is a device's node
 _LOOP_INFO_SIZE = 232
 _BLKFLSBUF = 0x1261
+_CLOSE_RANGE_UNSHARE = 2
 # How long a question may take that is answered at once, unless somebody hangs.
 _PATIENCE = 1.0
 # No machine has so many on top of each other; a loop in what /sys says would never end.
@@ -277,7 +279,8 @@ def _opened(place: str) -> int:
         mode = os.fstat(path).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise OSError(f"{place} is a device or pipe, and opening it may do something")
-        return os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # Not /proc/self, which shows the descriptors of the first thread (see `_started`).
+        return os.open(f"/proc/thread-self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(path)
 
@@ -340,9 +343,26 @@ class Syncing:
 
 
 def _started(function: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=function, daemon=True)
+    def run() -> None:
+        _let_go_of_the_mount()
+        function()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+def _let_go_of_the_mount() -> None:
+    """Leave the descriptors of the process to its other threads, this one needs none of them.
+
+    A thread that waits for our own mount cannot be killed. Were it to hold /dev/fuse when all
+    others are, the mount would never end, and nor would what it waits for.
+    """
+    close_range = getattr(ctypes.CDLL(None), "close_range", None)  # glibc has it from 2.34 on
+    if close_range is not None:
+        # Where the kernel cannot or a sandbox forbids it they stay shared, and open. Nothing is
+        # closed by this: the table of this thread begins without them.
+        close_range(ctypes.c_uint(3), ctypes.c_uint(2**32 - 1), ctypes.c_uint(_CLOSE_RANGE_UNSHARE))
 
 
 def _joined(threads: Iterable[threading.Thread], end: float) -> None:
