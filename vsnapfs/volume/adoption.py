@@ -129,7 +129,8 @@ def adopt(
 
 
 def _refuse_old(core: Core, ring: Ring) -> None:
-    """FaultError 15, and the ring is let go, if the area is behind what the ring was told of it.
+    """FaultError 15, and the ring is let go, if the area is behind what the ring was told of it;
+    with durability "process" only the points are suspect then.
 
     A copy that was made while it was served looks like the right one in all other ways: preserving
     changes no generation, and the state file is not told of each.
@@ -162,10 +163,8 @@ def _suspect(core: Core, area: DiffArea, barrier: int) -> None:
     if superblock.suspect >= superblock.epoch:  # Told already.
         return
     area.superblock, area.spoilt = replace(superblock, suspect=superblock.epoch), superblock.epoch
-    count = len(superblock.points)
-    if count and not core.dry_run:
-        reason = f"it ends with barrier {area.barrier_number}, and {barrier} had been written"
-        core.log.log("vsnapfs", 1045, volume=core.name, count=count, reason=reason)
+    reason = f"it ends with barrier {area.barrier_number}, and {barrier} had been written"
+    core.tell_suspect(area, reason)
 
 
 def _refuse_elsewhere(name: RingName, here: FileId) -> None:

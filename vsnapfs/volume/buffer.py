@@ -79,7 +79,7 @@ class WriteBuffer:
         self._is_taken = False
         #: Name and barrier of the ring that `close` has left for the next opening. Whoever commits
         #: beside the end of a volume (`online` does) must go on naming it.
-        self._left, self._is_removed = (NO_RING, 0), False
+        self._left, self._is_over = (NO_RING, 0), False
         #: Whether what cannot be used may be given up, and whether an opening has decided on it.
         self._may_give_up = self._decided = False
         self.reason = "" if store is not None and size else "it is switched off"
@@ -113,7 +113,7 @@ class WriteBuffer:
     @property
     def name(self) -> RingName:
         """The ring that the superblock is to name."""
-        if self.ring is not None and not self._is_removed:
+        if self.ring is not None and not self._is_over:
             return self.ring.name
         return self._left[0]
 
@@ -305,7 +305,7 @@ class WriteBuffer:
         """It is empty, stays so, and is going to be removed. No commit names it from here on. The
         caller holds `area_lock`.
         """
-        self._is_removed = True
+        self._is_over = True
 
     def remove(self) -> None:
         """In a worker thread: the superblock names no ring any more."""
@@ -330,7 +330,7 @@ class WriteBuffer:
         """Give the memory back; the ring stays for the next opening unless it was removed."""
         ring, self.ring = self.ring, None
         if ring is not None:
-            if not self._is_removed:
+            if not self._is_over:
                 self._left = ring.name, ring.area[1]
             ring.close()
 

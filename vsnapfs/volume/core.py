@@ -348,14 +348,18 @@ class Core:
         area.relaxed = self.durability == "process"
 
         def tell(error: OSError | None) -> None:
-            count = len(area.superblock.points)
             reason = error.strerror or str(error) if error is not None else "unexpected"
-            if count and not self.dry_run:
-                self.log.log("vsnapfs", 1045, volume=self.name, count=count, reason=reason)
+            self.tell_suspect(area, reason)
             with suppress(OSError, MemoryError):  # Should no commit pass, nothing else would know.
                 self.note_spoilt(area.spoilt)
 
         area.tell_spoilt = tell
+
+    def tell_suspect(self, area: DiffArea, reason: str) -> None:
+        """Copies of all points of `area` may be lost: event 1045, if there are any."""
+        count = len(area.superblock.points)
+        if count and not self.dry_run:
+            self.log.log("vsnapfs", 1045, volume=self.name, count=count, reason=reason)
 
     async def record_spoilt(self) -> None:
         """An operation on the diff area has failed that is no fault. If copies may be lost with it,
