@@ -812,7 +812,7 @@ def test_umount_is_answered_though_the_volume_cannot_be_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its time `stop` says that the volume is not closed, and what it waits for."""
-    monkeypatch.setattr(lifecycle, "_CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(lifecycle, "CLOSE_SECONDS", 0.05)
 
     async def unmounted() -> None:
         """It is; only closing the volume hangs."""

@@ -29,6 +29,7 @@ import trio
 from vsnapfs import openers
 from vsnapfs.beginning import Abandoned, asked_by
 from vsnapfs.config import SOCKET_NAME, VolumePaths, shown
+from vsnapfs.daemon.control import CLOSE_SECONDS
 from vsnapfs.daemon.interruption import CtrlC, interrupted
 from vsnapfs.daemon.listening import open_directory
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Progress
@@ -44,8 +45,6 @@ _SILENCE_SECONDS = 30.0
 # How long a lock may be held by somebody who does not answer: a server that is opening or closing
 # the volume, or a command that runs without one.
 _LOCK_SECONDS = 5.0
-# How long a server that closes the volume is waited for: as long as `umount` waits.
-_CLOSE_SECONDS = 90.0
 # What needs nothing but the recovery points, which a volume that must stay closed still has.
 _LOOKING = ("status", "rp_list", "rp_resolve", "verify")
 
@@ -117,7 +116,7 @@ def call(
                 if nobody.closing:
                     # Its last operation may take long. It answers until the lock is free.
                     if closed_by == math.inf:
-                        closed_by = time.monotonic() + _CLOSE_SECONDS
+                        closed_by = time.monotonic() + CLOSE_SECONDS
                         request.say("Waiting for: the volume to be unmounted")
                     give_up = min(time.monotonic() + _LOCK_SECONDS, closed_by)
             if ctrl_c.count:

@@ -58,6 +58,8 @@ WAITING_SECONDS = 1.0  # so often it is looked what an operation waits for
 PROGRESS_SECONDS = 0.1
 # How long operations that change something may go on once the mount has ended.
 FINISH_SECONDS = 60.0
+# How long whoever unmounts waits for the volume to be closed, and what was asked beside that.
+CLOSE_SECONDS = FINISH_SECONDS + 30.0
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

@@ -38,7 +38,7 @@ from vsnapfs.config import DEFAULT_WRITE_BUFFER, Durability, shown
 from vsnapfs.daemon import client, mounts
 from vsnapfs.daemon.above import Syncing
 from vsnapfs.daemon.accepting import Reserve
-from vsnapfs.daemon.control import FINISH_SECONDS, ControlServer
+from vsnapfs.daemon.control import CLOSE_SECONDS, ControlServer
 from vsnapfs.daemon.operations import OPERATIONS, Operation, Param, Progress
 from vsnapfs.daemon.preflight import Plan
 from vsnapfs.daemon.process import leading
@@ -56,8 +56,6 @@ _LOCK_SECONDS = 5.0
 _SYNC_SECONDS = 10.0
 # How long requests in progress may take once the loop is told to end (a stuck disk, for example).
 _LAST_REQUESTS_SECONDS = 30.0
-# How long `stop` waits for the volume to be closed before it answers that it is not.
-_CLOSE_SECONDS = FINISH_SECONDS + 30.0
 # An unmounted file system whose loop has not ended by then is in use where we cannot see it.
 _LOOP_END_SECONDS = 5.0
 
@@ -227,7 +225,7 @@ class Server:
                 code="mounted-there",
             )
         await self._unmount()
-        with trio.move_on_after(_CLOSE_SECONDS):
+        with trio.move_on_after(CLOSE_SECONDS):
             await self._closed.wait()
         if not self._closed.is_set():
             raise BusyError(
