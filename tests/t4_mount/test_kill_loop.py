@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,11 @@ from vsnapfs.diffarea.layout import Layout
 real = killing.mount_again
 
 def mount_again(rig, **options):
-    damage(rig)
+    if damage is preserved_blocks:
+        damage(rig)
     real(rig, **options)
+    if damage is not preserved_blocks:
+        damage(rig)  # Now: before, the write buffer might have mended it.
 
 def flip(path, offset):
     with path.open("r+b") as file:
@@ -38,9 +42,9 @@ def a_stamp(rig):
     flip(rig.image, 5)
 
 def what_fio_wrote(rig):
-    size = rig.image.stat().st_size
-    content = rig.image.read_bytes()
-    flip(rig.image, content.index(b"turn", killing.FileRounds.half) + 3)
+    place = rig.image.read_bytes().find(b"turn", killing.FileRounds.half)
+    if place >= 0:  # else it was killed before its first write: the next round will do
+        flip(rig.image, place + 3)
 
 def preserved_blocks(rig):
     # One of them alone might belong to no point any more, or to a write that never came about.
@@ -49,6 +53,9 @@ def preserved_blocks(rig):
         flip(rig.area, layout.slot_offset(slot))
 
 damage = globals()[sys.argv[3]]
+if damage in (a_stamp, what_fio_wrote):
+    # What was not written since the newest point is that point's, too, which might tell first.
+    killing.all_points_exact = lambda rig, checksums: None
 killing.mount_again = mount_again
 sys.exit(kill_loop.main("", sys.argv[4:]))
 """
@@ -86,7 +93,7 @@ def test_two_rounds_are_counted_and_leave_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("a_stamp", "should hold write"),
+        ("a_stamp", "of thread"),
         ("what_fio_wrote", "fio"),
         ("preserved_blocks", "Input/output error"),
     ],
@@ -95,7 +102,7 @@ def test_a_loss_is_found(tmp_path: Path, damage: str, said: str) -> None:
     """One flipped bit after a kill: exit code 1, what was lost, and how to try again."""
     done = loop(tmp_path, damage, "3", "--seed", "11")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert said in done.stderr.partition("Traceback")[2]
+    assert re.search(rf"^\w*Error: .*{said}", done.stderr, re.MULTILINE), done.stderr
     assert ", 1 lost, " in done.stdout
     assert "scripts/kill-loop 3 --seed 11" in done.stdout
     kept = done.stdout.partition("kept in ")[2].splitlines()[0]
