@@ -195,6 +195,9 @@ venv_is_good() {
 
 # make_venv LEVEL: always from nothing, since half a one cannot be trusted. The stamp comes last.
 make_venv() (
+  # To begin from nothing would empty what somebody has made elsewhere.
+  [[ ! -L $venv ]] || die "$venv is a link to $(readlink -- "$venv"), made for something else" \
+    "What it leads to is left alone. Remove the link, then run this again."
   case $1 in
   demo) group=() ;;
   bench) group=(--group bench) ;;

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def asked(programs: Path, what: str) -> subprocess.CompletedProcess[str]:
     """Run `what` after lib.sh, where nothing is installed but a shell."""
-    for name in ("bash", "basename", "dirname"):
+    for name in ("bash", "basename", "dirname", "readlink"):
         program = shutil.which(name)
         assert program
         (programs / name).symlink_to(program)
@@ -42,3 +42,17 @@ def test_what_cannot_be_found_out_ends_the_script(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "could not be found out" in result.stderr
     assert "on" not in result.stdout
+
+
+def test_a_virtual_environment_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    """A `.venv` that is a link is never emptied: it may be another checkout's."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "pyvenv.cfg").touch()
+    (tmp_path / "link").symlink_to(mine)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    result = asked(programs, f"venv={tmp_path}/link; make_venv test")
+    assert result.returncode == 1
+    assert f"is a link to {mine}" in result.stderr
+    assert list(mine.iterdir()) == [mine / "pyvenv.cfg"]
