@@ -531,6 +531,36 @@ def test_a_growth_ahead_takes_enough_not_to_begin_again_at_once() -> None:
 
 
 @BUFFERS
+def test_the_time_for_which_the_server_was_stopped_is_not_the_host_s(buffer: int) -> None:
+    """However long a process is stopped (SIGSTOP, a frozen container) while a write waits for a
+    growth: that is no fault. The host's own time is, once `grow-timeout` is over.
+    """
+    scene = used_up("offline", buffer=buffer, grow_timeout=30.0)
+    clock = trio.testing.MockClock()  # It stands still.
+    scene.rig.clock = lambda: clock
+
+    async def main(volume: Volume) -> None:
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", "allocate") as growing:
+                writing = Doing(nursery, write(volume, 0, NEW))
+                while not growing.was_reached:
+                    await trio.lowlevel.checkpoint()
+                for seconds in (3600, *[1] * 28):
+                    clock.jump(seconds)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert not writing.answered
+                assert volume.protection.is_online
+                clock.jump(1)
+                with pytest.raises(OSError):
+                    await writing.ended()
+                growing.go()
+
+    scene.run(main)
+    assert scene.fault == 9
+    scene.exact()
+
+
+@BUFFERS
 @pytest.mark.parametrize("policy", ["offline", "evict"])
 def test_a_write_waits_no_longer_once_points_are_deleted(policy: str, buffer: int) -> None:
     """It needs no copy then, or has room for it: whatever the host does, that is no fault (P2)."""
@@ -575,8 +605,9 @@ def test_a_write_that_has_waited_for_the_gate_looks_whether_there_is_room_by_now
                 creating = Doing(nursery, volume.create_point())
                 await until(lambda: syncing.was_reached)
                 assert volume.core.gate.closed
-                clock.jump(60)
-                await trio.testing.wait_all_tasks_blocked()
+                for _second in range(60):
+                    clock.jump(1)
+                    await trio.testing.wait_all_tasks_blocked()
                 growing.go()
                 await until(lambda: area.slots.free > 0)
                 syncing.go()

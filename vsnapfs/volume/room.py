@@ -13,6 +13,7 @@ still free of what thirty seconds would take, at the last minute's rate.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -31,6 +32,8 @@ _LOW_WATER = 256
 _PIECES, _PIECE_SECONDS = 12, 5.0
 #: A quarter of what this many seconds take is kept free.
 _AHEAD_SECONDS = 30.0
+#: A writer's patience is counted in turns of so many seconds at most.
+_TURN = 1.0
 
 
 class Rate:
@@ -119,19 +122,12 @@ class Room:
                 async with self._core.area_lock:
                     pass  # It is cutting already: the new size is here in a moment.
             return
-        with trio.move_on_after(self._policy.patience) as timer:
-            await self._grow_for(count)
-        if timer.cancelled_caught:
-            raise FaultError(
-                FaultCode.GROW_TOO_SLOW,
-                f"the diff area was used up before growing it had finished "
-                f"({self._core.config.grow_timeout:g} s)",
-                errno=errno.ETIMEDOUT,
-            )
+        await self._grow_for(count, self._policy.patience)
 
-    async def _grow_for(self, count: int) -> None:
+    async def _grow_for(self, count: int, patience: float = math.inf) -> None:
         """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
-        there may be room, or no copy is needed any more. Or until a shrink begins.
+        there may be room, or no copy is needed any more. Or until a shrink begins. FaultError 9
+        after `patience` seconds.
         """
         area, points = self._core.need_area(), self._core.points
         if area.slots.free >= count:
@@ -148,7 +144,9 @@ class Room:
         growth.waited += 1
         try:
             while not growth.ended.is_set():
-                await growth.news.wait()
+                if patience <= 0:
+                    raise self._too_slow()
+                patience -= await _turn(growth.news, patience)
                 if not self._policy.is_online or not set(points) <= set(self._core.points):
                     return
                 if area.slots.limit is not None:
@@ -157,6 +155,14 @@ class Room:
             growth.waiting -= 1
         if growth.error is not None and area.slots.free < count:
             raise growth.error
+
+    def _too_slow(self) -> FaultError:
+        return FaultError(
+            FaultCode.GROW_TOO_SLOW,
+            f"the diff area was used up before growing it had finished "
+            f"({self._core.config.grow_timeout:g} s)",
+            errno=errno.ETIMEDOUT,
+        )
 
     def _state_changed(self) -> None:
         """Whoever waits is to be refused when the volume goes offline, not held; or looks again."""
@@ -382,6 +388,16 @@ class Room:
         growth.scope.cancel()
         await growth.ended.wait()
         return not self._core.area_is_busy
+
+
+async def _turn(news: trio.Event, seconds: float) -> float:
+    """Wait for `news`, `seconds` or a turn. Returns the seconds that count: a turn at most, since
+    it is not the host that takes long while this process is stopped (SIGSTOP, a frozen container).
+    """
+    began = trio.current_time()
+    with trio.move_on_after(min(seconds, _TURN)):
+        await news.wait()
+    return min(trio.current_time() - began, _TURN)
 
 
 def _closing() -> FaultError:
