@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -431,6 +432,64 @@ def test_giving_up_beside_a_close_does_not_name_the_ring_that_is_removed() -> No
     rig.killed()
     rig.threads = False
     assert content(rig) == OLD
+    assert lost(rig) == 0
+
+
+@pytest.mark.parametrize("begun", ["before", "before, and told of", "meanwhile"])
+def test_giving_up_beside_a_ring_that_is_being_made_leaves_it_a_name(begun: str) -> None:
+    """A write in flight makes a ring while points are given up: whatever lies in a ring later is
+    carried out after a kill. Begun before, it is waited for; it is ours, and no reason to refuse.
+    """
+    rig = made()
+    rig.threads = True
+
+    async def go(volume: Volume) -> None:
+        await volume.go_offline()
+        buffer, save, rescue = volume.buffer, volume.protection.save, volume.buffer.rescue
+        committed, go_on = threading.Event(), threading.Event()
+
+        def slowly(**changes: object) -> None:
+            if not changes and not committed.is_set():  # That of the ring, already in the area.
+                committed.set()
+                go_on.wait(5)
+            save(**changes)
+
+        async with trio.open_nursery() as nursery:
+
+            async def make_a_ring() -> None:
+                nursery.start_soon(buffer.start)
+                await trio.to_thread.run_sync(committed.wait, 5)
+
+            async def rescue_first() -> None:
+                await rescue()
+                await make_a_ring()
+
+            with (
+                mock.patch.object(volume.protection, "save", slowly),
+                mock.patch.object(
+                    buffer, "rescue", rescue_first if begun == "meanwhile" else rescue
+                ),
+            ):
+                if begun != "meanwhile":
+                    await make_a_ring()
+                if begun == "before, and told of":
+                    save()
+                giving_up = Doing(nursery, volume.online(give_up_recovery_points=True))
+                with trio.fail_after(5):
+                    # ASYNC110: there is no event for it.
+                    while not (giving_up.answered or buffer._starting.statistics().tasks_waiting):  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+                go_on.set()
+                await giving_up.ended()
+        await volume.create_point()
+        await write_at(volume, 0, NEW)
+        rig.host.stop_at = rig.host.operations
+
+    with pytest.raises(PowerLoss):
+        rig.run(go)
+    rig.killed()
+    rig.threads = False
+    assert content(rig) == NEW + OLD[BLOCK:]
     assert lost(rig) == 0
 
 

@@ -159,6 +159,7 @@ class WriteBuffer:
                 return
             try:
                 async with core.area_lock:
+                    area = core.area
                     await core.commit(ring=ring.name)
             except BaseException:  # Who waited for the lock may be given up.
                 ring.close()  # Perhaps it is named all the same. The next opening knows.
@@ -166,7 +167,9 @@ class WriteBuffer:
             # Should the area be lost, nothing else would know of it. Before anything lies in it.
             with suppress(OSError, MemoryError):
                 await in_thread(self._protection.save)
-            if self._ended:  # Closed meanwhile: nobody would let go of it for the next opening.
+            # Closed meanwhile: nobody would let go of it for the next opening. Or points have been
+            # given up: the area that has taken the place of that one does not name it.
+            if self._ended or core.area is not area:
                 ring.close()
                 return
             self.ring, self._retired, self._is_taken = ring, False, True
@@ -206,10 +209,14 @@ class WriteBuffer:
 
         VsnapError if it cannot be used now.
         """
-        saved = self._protection.saved
         # Where there was no area to name one, nothing has been given up yet: it may be usable.
         decided = self._ended or (self._may_give_up and self._decided)
         if self.ring is None and not decided:
+            async with self._starting:
+                pass
+            if self.is_ready:
+                return  # A write in flight has made it.
+            saved = self._protection.saved
             await self._adopt(saved.ring, saved.boot, give_up=self._may_give_up)
             # Until there is a new area: whoever waits for it (closing does) must not wait for ever.
             self.hold(FaultError(FaultCode.DIFF_AREA_MISSING, "there is no diff area yet"))
