@@ -420,7 +420,7 @@ def test_giving_up_beside_a_close_does_not_name_the_ring_that_is_removed() -> No
                 closing = Doing(nursery, volume.close())
                 await committing.reached()
                 giving_up = Doing(nursery, attempt(volume.online(give_up_recovery_points=True)))
-                with trio.fail_after(5):
+                with trio.fail_after(60):
                     lock = volume.core.area_lock
                     while not lock.statistics().tasks_waiting:  # noqa: ASYNC110 - no event for it
                         await trio.sleep(0.001)
@@ -451,14 +451,14 @@ def test_giving_up_beside_a_ring_that_is_being_made_leaves_it_a_name(begun: str)
         def slowly(**changes: object) -> None:
             if not changes and not committed.is_set():  # That of the ring, already in the area.
                 committed.set()
-                go_on.wait(5)
+                go_on.wait(60)
             save(**changes)
 
         async with trio.open_nursery() as nursery:
 
             async def make_a_ring() -> None:
                 nursery.start_soon(buffer.start)
-                await trio.to_thread.run_sync(committed.wait, 5)
+                await trio.to_thread.run_sync(committed.wait, 60)
 
             async def rescue_first() -> None:
                 await rescue()
@@ -475,7 +475,7 @@ def test_giving_up_beside_a_ring_that_is_being_made_leaves_it_a_name(begun: str)
                 if begun == "before, and told of":
                     save()
                 giving_up = Doing(nursery, volume.online(give_up_recovery_points=True))
-                with trio.fail_after(5):
+                with trio.fail_after(60):
                     # ASYNC110: there is no event for it.
                     while not (giving_up.answered or buffer._starting.statistics().tasks_waiting):  # noqa: ASYNC110
                         await trio.sleep(0.001)
@@ -617,7 +617,7 @@ def test_closing_says_that_writes_in_flight_were_not_waited_for() -> None:
                 writing = Doing(nursery, attempt(write_at(volume, 0, NEW)))
                 await pause.reached()
                 closing = Doing(nursery, volume.close())
-                with trio.fail_after(5):
+                with trio.fail_after(60):
                     while not volume.left_behind:  # noqa: ASYNC110 - it has no event for that
                         await trio.sleep(0.001)
                 pause.go()
