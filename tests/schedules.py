@@ -21,7 +21,7 @@ from rig import Rig
 from simdisk import SimBacking
 
 #: Nothing that is going on takes this long. A pause that does is a test that has gone wrong.
-SECONDS = 20
+SECONDS = 60
 
 
 class _Standing:

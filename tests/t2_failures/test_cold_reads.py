@@ -67,7 +67,7 @@ def trio_test(test: Callable[[Disk, trio.Nursery], object]) -> Callable[[], None
         async def main() -> None:
             disk = Disk()
             async with trio.open_nursery() as nursery:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     await test(disk, nursery)  # type: ignore[misc]
             assert disk.is_idle
 

@@ -736,7 +736,7 @@ def test_what_nobody_plans_for_is_still_offline() -> None:
             mock.patch("vsnapfs.volume.protection.Fault", side_effect=MemoryError),
             mock.patch.object(Protection, "_write_down", side_effect=MemoryError),
         ):
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 error = await attempt(write(volume, 0, OLD))
         assert error is not None
         assert error.errno == errno.ENODEV

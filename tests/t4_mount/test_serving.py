@@ -359,7 +359,7 @@ def test_a_moved_volume_is_unmounted(box: Box, tmp_path: Path, by: str) -> None:
         said = vsnapfs("umount", moved if by == "its new name" else box.place, code=1)
         known = "not all acknowledged writes are on the disk"
         assert (known if by == "its new name" else "is not known") in said
-        assert by != "its new name" or wait_for(lambda: not alive(box.pid), 5)
+        assert by != "its new name" or wait_for(lambda: not alive(box.pid))
     finally:
         moved.rename(box.volume)
     assert mounts.mount_of(box.volume) is None
