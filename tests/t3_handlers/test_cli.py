@@ -330,6 +330,21 @@ def test_ctrl_c_while_a_command_begins_says_nothing(ignored: bool) -> None:
     assert result.stderr == ""
 
 
+def test_ctrl_c_beside_click_s_own_watch_says_nothing_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the moment before click's `main` looks after it, or a second one while it answers."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(click.Group, "main", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        app.main(["status"], prog_name="vsnapfs")
+    assert caught.value.args == (130,)
+    assert capsys.readouterr() == ("", "")
+
+
 # --- completion ----------------------------------------------------------------------------------
 
 

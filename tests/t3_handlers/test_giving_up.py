@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from fake_volume import FakeVolume
 from test_client import Openings, played
 from test_control import Running, ask, error, lines, result, running, take_until_result, wait_for
@@ -831,6 +832,37 @@ def test_umount_is_answered_though_the_volume_cannot_be_closed(
         volume.log.close()
 
     trio.run(main)
+
+
+def test_what_a_stopped_server_has_slept_through_is_no_use_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it is stopped (SIGSTOP, a frozen container) as it unmounts: it looks again."""
+
+    async def at_once(work: Callable[..., None], *args: Any) -> None:
+        work(*args)
+
+    async def main() -> None:
+        server = a_server(tmp_path)
+        server._device = "0:40"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server._unmount)
+            await trio.testing.wait_all_tasks_blocked()
+            clock.jump(3600)
+            await trio.testing.wait_all_tasks_blocked()
+            server._loop_ended.set()
+        server = a_server(tmp_path)
+        server._device = "0:40"
+        clock.autojump_threshold = 0
+        with pytest.raises(BusyError, match="in use elsewhere"):
+            await server._unmount()
+
+    clock = trio.testing.MockClock()  # It stands still.
+    top = SimpleNamespace(device="0:40")
+    monkeypatch.setattr(lifecycle.mounts, "top_mount", lambda _: top)
+    monkeypatch.setattr(lifecycle.mounts, "unmount_now", lambda _: None)
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    trio.run(main, clock=clock)
 
 
 def test_a_mount_waits_for_a_server_that_is_closing(

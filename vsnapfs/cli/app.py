@@ -85,7 +85,8 @@ class Root(Group):
         try:
             code = super().main(args, prog_name, complete_var, False, **extra)
             return code if isinstance(code, int) else 0
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
+            # The latter: right before click's own watch begins, or while it answers the first one.
             return EXIT_INTERRUPTED
         except click.ClickException as error:
             complain(*_click_words(error))

@@ -44,6 +44,7 @@ from vsnapfs.daemon.preflight import Plan
 from vsnapfs.daemon.process import leading
 from vsnapfs.errors import BusyError, VsnapError
 from vsnapfs.fuse import Session, VolumeOperations, mount_options
+from vsnapfs.patience import Patience
 
 if TYPE_CHECKING:
     from vsnapfs.volume import Volume
@@ -225,9 +226,7 @@ class Server:
                 code="mounted-there",
             )
         await self._unmount()
-        with trio.move_on_after(CLOSE_SECONDS):
-            await self._closed.wait()
-        if not self._closed.is_set():
+        if not await Patience(CLOSE_SECONDS).wait(self._closed):
             raise BusyError(
                 f"{shown(ours)} is unmounted, but the volume is not closed yet{self._waits()}",
                 hint=f"Process {os.getpid()} closes it as soon as that is over; until then "
@@ -266,9 +265,7 @@ class Server:
         begin()  # unless whoever asked for it has gone
         # In a thread: the kernel may ask this process before it answers.
         await trio.to_thread.run_sync(mounts.unmount_now, self._plan.mountpoint)
-        with trio.move_on_after(_LOOP_END_SECONDS):
-            await self._loop_ended.wait()
-        if not self._loop_ended.is_set():
+        if not await Patience(_LOOP_END_SECONDS).wait(self._loop_ended):
             waits = self._waits()
             raise BusyError(
                 f"unmounted here, but requests are still under way{waits}"

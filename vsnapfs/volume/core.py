@@ -33,6 +33,7 @@ from ..diffarea.area import DiffArea
 from ..diffarea.bitmap import BlockSet
 from ..diffarea.superblock import RecoveryPoint
 from ..errors import FaultError, VsnapError
+from ..patience import Patience
 from .administration import Administration
 from .statefile import StateFile
 
@@ -134,8 +135,9 @@ class WriteGate:
         self._empty = trio.Event()
         try:
             if self.inside:
-                with self.waits_for("writes in flight"), trio.fail_after(seconds):
-                    await self._empty.wait()
+                with self.waits_for("writes in flight"):
+                    if not await Patience(seconds).wait(self._empty):
+                        raise trio.TooSlowError
             yield
         finally:
             self.closed = False

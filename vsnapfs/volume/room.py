@@ -23,6 +23,7 @@ import trio
 from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
 from ..errors import FaultCode, FaultError, VsnapError, unexpected
+from ..patience import Patience
 from ..units import format_size
 from .core import Core, leave_in_thread
 from .policy import Policy
@@ -32,8 +33,6 @@ _LOW_WATER = 256
 _PIECES, _PIECE_SECONDS = 12, 5.0
 #: A quarter of what this many seconds take is kept free.
 _AHEAD_SECONDS = 30.0
-#: A writer's patience is counted in turns of so many seconds at most.
-_TURN = 1.0
 
 
 class Rate:
@@ -122,12 +121,12 @@ class Room:
                 async with self._core.area_lock:
                     pass  # It is cutting already: the new size is here in a moment.
             return
-        await self._grow_for(count, self._policy.patience)
+        await self._grow_for(count, Patience(self._policy.patience))
 
-    async def _grow_for(self, count: int, patience: float = math.inf) -> None:
+    async def _grow_for(self, count: int, patience: Patience) -> None:
         """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
         there may be room, or no copy is needed any more. Or until a shrink begins. FaultError 9
-        after `patience` seconds.
+        once `patience` is at its end.
         """
         area, points = self._core.need_area(), self._core.points
         if area.slots.free >= count:
@@ -144,9 +143,8 @@ class Room:
         growth.waited += 1
         try:
             while not growth.ended.is_set():
-                if patience <= 0:
+                if not await patience.wait(growth.news):
                     raise self._too_slow()
-                patience -= await _turn(growth.news, patience)
                 if not self._policy.is_online or not set(points) <= set(self._core.points):
                     return
                 if area.slots.limit is not None:
@@ -354,7 +352,7 @@ class Room:
         """
         area = self._core.need_area()
         while area.slots.free < count:
-            await self._grow_for(count)
+            await self._grow_for(count, Patience(math.inf))
 
     @asynccontextmanager
     async def standing_still(self) -> AsyncIterator[None]:
@@ -383,21 +381,10 @@ class Room:
         growth = self._growth
         if growth is None:
             return True
-        with trio.move_on_after(seconds):
-            await growth.ended.wait()
+        await Patience(seconds).wait(growth.ended)
         growth.scope.cancel()
         await growth.ended.wait()
         return not self._core.area_is_busy
-
-
-async def _turn(news: trio.Event, seconds: float) -> float:
-    """Wait for `news`, `seconds` or a turn. Returns the seconds that count: a turn at most, since
-    it is not the host that takes long while this process is stopped (SIGSTOP, a frozen container).
-    """
-    began = trio.current_time()
-    with trio.move_on_after(min(seconds, _TURN)):
-        await news.wait()
-    return min(trio.current_time() - began, _TURN)
 
 
 def _closing() -> FaultError:
