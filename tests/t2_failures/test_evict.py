@@ -157,6 +157,46 @@ def test_no_point_is_lost_without_a_word(event: int) -> None:
         scene.run(look)
 
 
+@pytest.mark.parametrize("what", ["busy", "state", "replica"])
+def test_the_oldest_point_gives_way_only_to_one_that_is_taken(what: str) -> None:
+    """No more points fit into the catalog, and the new one is refused: a write takes long, or state
+    file or replica cannot be synced. Nothing is lost; the next one takes the oldest one's place.
+    """
+    with small_steps(), mock.patch.object(points, "MAX_POINTS", 2):
+        scene = Scene(on_full="evict", hold_timeout=0.05)
+
+        async def refused(volume: Volume) -> None:
+            volume.core.gate.inside += what == "busy"
+            if what != "busy":
+                scene.rig.host.fail(what, "sync", errno.EIO)
+            assert isinstance(await attempt(volume.create_point()), VsnapError)
+            volume.core.gate.inside -= what == "busy"
+            assert [point.number for point in volume.points] == [1, 2]
+
+        async def taken(volume: Volume) -> None:
+            if not volume.protection.is_online:
+                await volume.online()
+            oldest = volume.open_point(1)
+            await scene.create(volume)
+            error = await attempt(oldest.read(0, BLOCK))
+            assert isinstance(error, OSError)
+            assert error.errno == errno.ESTALE
+            oldest.close()
+            volume.check_invariants()
+            kept = volume.core.need_area().index.live_slots([p.number for p in volume.points])
+            assert volume.core.need_area().slots.in_use == len(kept), "its slots are free"
+
+        scene.run(refused)
+        assert 58 not in scene.rig.log.ids()
+        scene.run(taken)
+        assert scene.rig.log.params(58)["point"] == 1
+        scene.points.pop(1)
+        assert len(scene.points) == 2
+        scene.exact()
+        scene.rig.killed()
+        scene.exact()
+
+
 def test_a_loss_is_not_recorded_in_a_state_file_that_was_deleted() -> None:
     """The next opening would not find it there, and show points whose blocks have been overwritten:
     the write is refused, and no new point is made either.

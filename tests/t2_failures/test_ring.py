@@ -1519,3 +1519,40 @@ def test_what_recovery_found_is_told_by_online_if_the_opening_found_a_fault() ->
     rig.close()
     rig.run(_nothing)
     assert rig.log.ids("vsnapfs").count(1045) == 1
+
+
+class _Dying(bytearray):
+    """Shared memory of a process that is killed in the midst of its nth change."""
+
+    left = FOREVER
+
+    def __setitem__(self, where: Any, data: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            data = bytes(data)[: len(data) // 2] + bytes(self[where])[len(data) // 2 :]
+        super().__setitem__(where, data)
+        if self.left < 0:
+            raise PowerLoss
+
+
+@pytest.mark.parametrize("second", [0, 1])
+@pytest.mark.parametrize("between", [0, 1, 2])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_cursor_outlasts_being_killed_in_the_midst_of_it_twice(
+    first: int, between: int, second: int
+) -> None:
+    """What one kill has left half written is not in the way of the next one: nothing is lost."""
+    memory = _Dying(RECORDS + 4096)
+    ring = Ring.make(memory, NAME, b"v" * 16)
+    for number, stops_at in enumerate((first, *(between * [FOREVER]), second)):
+        record = ring.append(number, NEW[:100])
+        assert record is not None
+        memory.left = stops_at
+        with contextlib.suppress(PowerLoss):
+            ring.release(record)
+        memory.left = FOREVER
+        ring = Ring.found(memory, NAME, b"v" * 16)
+        left = [one.offset for one in ring.records()]
+        assert left in ([], [number])
+        for one in list(Ring.found(memory, NAME, b"v" * 16).records()):
+            ring.release(one)

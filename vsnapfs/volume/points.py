@@ -107,10 +107,10 @@ class Points:
             core.need_area()
             if label is not None and any(point.label == label for point in core.points):
                 raise UsageError(f"volume {core.name} already has a recovery point {label!r}")
-            number = self._next_number()
+            number, before = self._next_number(), core.points
             if number > MAX_POINT_NUMBER:
                 raise VsnapError(f"volume {core.name} has used up all point numbers")
-            await self._keep_below_limit()
+            self._require_place()
             await self._sync_replica()
             await protection.reserve_number(number)
             try:
@@ -129,6 +129,13 @@ class Points:
                     errno=errno.ETIMEDOUT,
                     code="timeout",
                 ) from None
+        if any(point.number in self.gone for point in before):
+            # Writes need not wait for this. Should it lack memory, see `remove`.
+            with suppress(MemoryError):
+                async with core.area_lock:
+                    area = core.need_area()
+                    area.zero_spans.clear()  # Some of their slots will be free.
+                    await self._tidy(area, [live.number for live in core.points])
         # An area from before this point, put back, must look old to the next opening (15). What
         # was saved before the commit cannot say that.
         with suppress(OSError, MemoryError):
@@ -143,28 +150,16 @@ class Points:
         epoch = self._core.need_area().superblock.epoch
         return max(epoch, self._protection.saved.given_up) + 1
 
-    async def _keep_below_limit(self) -> None:
+    def _require_place(self) -> None:
+        """VsnapError if the catalog is full, unless the oldest point is to give way."""
         core = self._core
-        if len(core.points) < MAX_POINTS:
-            return
-        if core.config.on_full != "evict":
+        if len(core.points) >= MAX_POINTS and core.config.on_full != "evict":
             raise VsnapError(
                 f"volume {core.name} already has {MAX_POINTS} recovery points",
                 hint="Delete one first: 'vsnapfs recovery-point delete VOLUME oldest'.",
                 errno=errno.ENOSPC,
                 code="too-many-points",
             )
-        oldest = core.points[0]
-
-        def tell() -> None:
-            label = oldest.label or None
-            core.log.log("volsnap", 58, volume=core.name, point=oldest.number, label=label)
-
-        def wanted() -> bool:
-            return self._protection.is_online and len(core.points) >= MAX_POINTS
-
-        work = self.remove([oldest.number], tell, wanted)
-        await self._committed(work, "no recovery point was taken")
 
     async def _take(self, number: int, label: str) -> RecoveryPoint:
         """With writes held and none in flight."""
@@ -178,7 +173,16 @@ class Points:
                 core.need_area().require_sound()  # Or its first copy would be the next failure.
                 core.admin.begin()
                 point = RecoveryPoint(await self._still_free(number), now_ns(), label)
-                await core.commit(points=(*core.points, point), epoch=point.number)
+                # The oldest gives way to this one with the same commit: not for one that never is.
+                gone = core.points[:1] if len(core.points) >= MAX_POINTS else ()
+                for oldest in gone:
+                    known_as = oldest.label or None
+                    core.log.log(
+                        "volsnap", 58, volume=core.name, point=oldest.number, label=known_as
+                    )
+                points = (*core.points[len(gone) :], point)
+                await core.commit(points=points, epoch=point.number)
+                self.gone.update(oldest.number for oldest in gone)
                 return point
 
         point = await self._committed(commit(), "no recovery point was taken")

@@ -270,7 +270,8 @@ class Ring:
     def _write_cursor(self, sequence: int, position: int) -> None:
         body = struct.pack("<QQ", sequence, position)
         whole = struct.pack("<Q", _hash(body)) + body
-        for offset in CURSORS[self._turn]:
+        # One that an earlier kill has left half written comes first: the other is still needed.
+        for offset in sorted(CURSORS[self._turn], key=lambda at: self._cursor_at(at) is not None):
             self._put(offset, whole)
         self._turn = 1 - self._turn
 
