@@ -46,6 +46,10 @@ class Namespace:
         if self._keeper.returncode is None:
             self._keeper.communicate()
 
+    def leave(self) -> None:
+        """Keep it no longer: it lasts as long as the processes that are in it."""
+        self._keeper.communicate()
+
     @property
     def _inside(self) -> tuple[str, ...]:
         return ("nsenter", f"--mount=/proc/{self._keeper.pid}/ns/mnt", "--")

@@ -71,13 +71,8 @@ def on_an_offset(stack: Stack) -> Path:
     return stack.ext4(stack.namespace.loop(stack.device, "--offset", str(MIB)))
 
 
-def without_flushes(stack: Stack) -> Path:
-    """The same, with a file system that leaves it at writing to its device."""
-    return stack.ext4(stack.namespace.loop(stack.device, "--offset", str(MIB)), *NO_FLUSH)
-
-
 def three_high(stack: Stack) -> Path:
-    """Loop devices over loop devices."""
+    """Loop devices over loop devices, and a file system that leaves it at writing to its own."""
     first = stack.namespace.loop(stack.device, "--offset", str(MIB))
     second = stack.namespace.loop(first, "--offset", str(MIB))
     return stack.ext4(stack.namespace.loop(second, "--offset", str(MIB)), *NO_FLUSH)
@@ -110,7 +105,7 @@ def over_mounted(stack: Stack) -> Path:
     return other
 
 
-BUILDERS = (on_an_offset, without_flushes, three_high, in_a_file, on_a_partition, over_mounted)
+BUILDERS = (on_an_offset, three_high, in_a_file, on_a_partition, over_mounted)
 
 
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
@@ -154,3 +149,22 @@ def test_a_signal_syncs_a_file_system_that_is_in_no_mount_table(machine: Machine
     user.communicate()
     stack.raise_up()
     assert stack.namespace.read(stack.ext4(stack.device) / "unsynced") == DATA[:4096]
+
+
+def test_a_killed_server_that_is_the_last_in_its_namespace_ends(machine: Machine) -> None:
+    """With a container all of its processes are killed, under a file system on its own device."""
+    stack = Stack(machine)
+    stack.raise_up()
+    stack.namespace.write(stack.ext4(stack.device) / "unsynced", DATA)
+    pid = stack.namespace.status(stack.rig.directory)["pid"]
+    mount = stack.namespace.root / stack.rig.place.relative_to("/")
+    abort = Path(f"/sys/fs/fuse/connections/{os.minor(mount.stat().st_dev)}/abort")
+    stack.namespace.leave()
+    os.kill(pid, signal.SIGKILL)
+    try:
+        until(lambda: not alive(pid), 20)
+    finally:
+        if alive(pid):  # It would stay until the machine restarts.
+            abort.write_text("1")
+            until(lambda: not alive(pid))
+        quiet("losetup", "--detach", stack.device)

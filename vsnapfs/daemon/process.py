@@ -35,12 +35,28 @@ _OOM_SCORE = -500
 def prepare() -> None:
     """Make this process fit to serve. Before any thread starts: they inherit what is set here."""
     os.umask(0o077)
+    _outlive_what_is_mounted()
     raise_file_limit()
     _become_io_flusher()
     try:
         Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
     except OSError:
         pass  # needs CAP_SYS_RESOURCE
+
+
+def _outlive_what_is_mounted() -> None:
+    """Have a kill close our mount before the kernel takes down our mount namespace.
+
+    The last process of a namespace (of a container, a service) unmounts what is mounted there as a
+    part of its own end, and lets go of its files after that. A file system on our own loop device
+    would wait for /dev/fuse to be answered or closed: for ever, with the volume locked. With a
+    descriptor that holds the namespace it is one of these files, and what closing it leaves to do
+    is done when all of them, /dev/fuse too, have been let go of.
+    """
+    try:
+        os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        pass  # a /proc that does not show us
 
 
 def raise_file_limit() -> None:
