@@ -619,3 +619,42 @@ def test_a_write_that_has_waited_for_the_gate_looks_whether_there_is_room_by_now
     scene.run(main)
     assert scene.fault is None
     scene.exact()
+
+
+@BUFFERS
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_blocks_whose_copies_are_on_their_way_need_no_room(policy: str, buffer: int) -> None:
+    """A write that has waited for the gate, after a growth that failed, finds that another has just
+    taken the last free slots, for the same blocks.
+    """
+    scene = used_up(policy, buffer=buffer)
+    scene.rig.host.fail("area", "allocate", errno.ENOSPC, times=FOREVER)
+
+    async def schedule(volume: Volume, writing: Doing, growing: Pause) -> None:
+        slots, gate = volume.core.need_area().slots, volume.core.gate
+        wait_open = gate.wait_open
+
+        async def last() -> None:
+            await wait_open()
+            while slots.free:
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            async with gate.held(60):
+                with mock.patch.object(gate, "wait_open", last):
+                    growing.go()
+                    await all_stand_still()
+                again = Doing(nursery, write(volume, 0, NEW[::-1]))
+                await volume.delete_point(1)
+                del scene.points[1]
+                others = slots.reserve(slots.free - 2)
+                assert others is not None
+            await writing.ended()
+            await again.ended()
+        slots.release(others)
+        assert bytes(await read_replica(volume))[: len(NEW)] in (NEW, NEW[::-1])
+
+    while_it_stalls(scene, schedule, error=OSError(errno.ENOSPC, "no space"))
+    assert scene.ids() == []
+    assert scene.fault is None
+    scene.exact()

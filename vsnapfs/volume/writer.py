@@ -262,18 +262,21 @@ class Writer:
         if session != protection.session or not protection.is_online:
             raise await protection.refuse()
         # Whoever held the gate may have taken long: by now there may be room, or copies.
-        if failure is not None and self._lacks_room(blocks):
+        needed = self._slots_needed(blocks)
+        if failure is not None and core.need_area().slots.free < needed:
             failure.block = blocks[0]
             await self._policy.failed(
-                failure, growing=True, offset=offset, length=length, needed=len(blocks)
+                failure, growing=True, offset=offset, length=length, needed=needed
             )
             if not protection.is_online:
                 raise await protection.refuse()
 
-    def _lacks_room(self, blocks: Sequence[int]) -> bool:
-        core = self._core
-        needed = [block for block in blocks if core.points and block not in core.preserved]
-        return core.need_area().slots.free < len(needed)
+    def _slots_needed(self, blocks: Sequence[int]) -> int:
+        """How many of `blocks` still need a slot. Another write may have one for some by now."""
+        core, known = self._core, (self._core.preserved, self._on_the_way, self._buffer.slots)
+        if not core.points:
+            return 0
+        return sum(not any(block in those for those in known) for block in blocks)
 
     async def _slots_come_back(self) -> bool:
         """Of slots that are reserved, those for blocks of zeros will not be used: wait for that.
