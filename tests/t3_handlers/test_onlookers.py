@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -191,6 +192,31 @@ def test_points_after_the_writer_are_well(vol: Path) -> None:
         until(lambda: count(vol))
         client.call(vol, "rp_create")
     assert others(vol) is None
+
+
+@pytest.mark.parametrize("until_when", ["he is still there", "he goes", "it is closed"])
+def test_points_made_while_the_writer_is_there_are_remembered(
+    vol: Path, monkeypatch: pytest.MonkeyPatch, until_when: str
+) -> None:
+    """Who was there before a point and is there after it may have taken something from it."""
+    there = {openers.Writer(1, 1, "somebody"): 1}
+
+    def writers(files: list[openers.File]) -> list[dict[openers.Writer, int]]:
+        return [dict(there) if file.is_at(str(vol / "replica.img")) else {} for file in files]
+
+    monkeypatch.setattr(openers, "writers", writers)
+    if until_when != "he is still there":
+        monkeypatch.setattr(module, "_PAUSE", math.inf)  # No other look than those below.
+    with serving(vol) as served:
+        until(lambda: count(vol) == 1)
+        client.call(vol, "rp_create")
+        if until_when == "he is still there":
+            until(lambda: (others(vol) or {})["suspect_points"] == 1)
+        if until_when == "he goes":
+            there.clear()
+            looked(served)
+            client.call(vol, "rp_create")  # This one is well.
+    assert (others(vol) or {})["suspect_points"] == 1
 
 
 # --- not us -------------------------------------------------------------------------------------

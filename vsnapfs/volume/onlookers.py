@@ -132,6 +132,8 @@ class Onlookers:
                     self._by_watch[self._inotify.add(fd)] = watched
                 except OSError as error:
                     self._cannot(error)
+        if any(file.names for file in self._files):
+            self._wake.set()  # There may be a new point, and somebody who can take from it.
 
     @contextmanager
     def reopening(self, backing: Backing) -> Iterator[None]:
@@ -265,6 +267,8 @@ class Onlookers:
         new += [str(loop) for device, loop in now.items() if device not in before]
         left = any(writers.get(writer, 0) < many for writer, many in file.writers.items())
         left = left or not before <= now.keys()
+        # Until he went he may have written, and there may be points from after he was found.
+        file.unsaved = file.unsaved or left
         file.writers, file.loops, file.shown = writers, loops, loops
         for who in new:
             self._found(file, who)
@@ -349,7 +353,7 @@ class Onlookers:
     async def finish(self) -> None:
         """After the replica's identity has been taken: tell of all who were there until then."""
         self._drain()
-        if any(file.closings for file in self._files) or self._stirred:
+        if self._stirred or any(file.closings or file.names for file in self._files):
             await self._look()
         for file in self._files:
             if file.untold:
