@@ -53,7 +53,7 @@ KEPT: dict[str, tuple[dict[str, Any], tuple[type, str, str, str]]] = {
             "seconds": 700,
             "reopen": True,
         },
-        (WriteBuffer, "start", "if self._ended:", "if False:"),
+        (WriteBuffer, "start", "if self._ended or", "if"),
     ),
     "slots that are promised are given out": (
         {
