@@ -96,7 +96,7 @@ MUTANTS: dict[Callable[[Patch], None], dict[str, Any]] = {
     what_a_kill_left_is_not_carried_out: PLAIN,
     point_without_draining: PLAIN,
     fault_answered_before_it_is_written: PLAIN,
-    readers_look_once: PLAIN | {"disk": 8, "cached": False},
+    readers_look_once: PLAIN | {"disk": 20, "cached": False, "buffer": 0},
     a_failed_copy_holds_up_nothing: PLAIN | {"failures": True, "buffer": 65536},
     sectors_are_not_healed: PLAIN | {"rot": True},
     an_old_area_is_as_good: PLAIN | {"copies": True},
