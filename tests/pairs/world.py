@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rig import (
 )
 from simdisk import PowerLoss
 
+from vsnapfs import patience
 from vsnapfs.errors import FaultError, VsnapError
 from vsnapfs.volume import Volume
 
@@ -140,7 +142,11 @@ class World:
         trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
         trio_run._r.seed(self.dice.randrange(1 << 30))
         self.threads, self.clock = Threads(), trio.testing.MockClock()
-        with mock.patch.object(trio.to_thread, "run_sync", self.threads.run_sync):
+        with (
+            mock.patch.object(trio.to_thread, "run_sync", self.threads.run_sync),
+            # A jump of the clock is time that the host takes, not one for which we are stopped.
+            mock.patch.object(patience, "_TURN", math.inf),
+        ):
             return trio.run(main, clock=self.clock)
 
     @contextlib.asynccontextmanager
