@@ -198,6 +198,27 @@ def test_the_oldest_point_gives_way_only_to_one_that_is_taken(what: str) -> None
         scene.exact()
 
 
+@pytest.mark.parametrize("buffer", [0, 1 << 16])
+def test_writes_to_the_same_blocks_cost_one_point_if_that_makes_room(buffer: int) -> None:
+    """Each of them lacks the same slots; the first takes what the oldest point has left, and that
+    does for the others. (Four writes of 4 KiB to one block of 16 KiB, under way at once.)
+    """
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST, buffer=buffer)
+        scene.run(scene.fill, 0)
+        scene.rig.log.events.clear()
+
+        async def main(volume: Volume) -> None:
+            async with trio.open_nursery() as nursery:
+                for part in range(4):
+                    nursery.start_soon(write, volume, part * BLOCK // 2, pattern(part, BLOCK // 2))
+
+        scene.run(main)
+        assert scene.rig.log.params(33)["point"] == 1  # It had two blocks.
+        scene.points.pop(1)
+        scene.exact()
+
+
 @pytest.mark.parametrize("what", ["shrink", "cancel"])
 def test_what_the_oldest_point_needed_is_free_before_anybody_else_s_turn(what: str) -> None:
     """Who waits for a point that takes the oldest one's place finds its slots free. And if whoever
