@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -195,6 +196,68 @@ def test_the_oldest_point_gives_way_only_to_one_that_is_taken(what: str) -> None
         scene.exact()
         scene.rig.killed()
         scene.exact()
+
+
+@pytest.mark.parametrize("buffer", [0, 1 << 16])
+def test_writes_to_the_same_blocks_cost_one_point_if_that_makes_room(buffer: int) -> None:
+    """Each of them lacks the same slots; the first takes what the oldest point has left, and that
+    does for the others. (Four writes of 4 KiB to one block of 16 KiB, under way at once.)
+    """
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST, buffer=buffer)
+        scene.run(scene.fill, 0)
+        scene.rig.log.events.clear()
+
+        async def main(volume: Volume) -> None:
+            async with trio.open_nursery() as nursery:
+                for part in range(4):
+                    nursery.start_soon(write, volume, part * BLOCK // 2, pattern(part, BLOCK // 2))
+
+        scene.run(main)
+        assert scene.rig.log.params(33)["point"] == 1  # It had two blocks.
+        scene.points.pop(1)
+        scene.exact()
+
+
+@pytest.mark.parametrize("what", ["shrink", "cancel"])
+def test_what_the_oldest_point_needed_is_free_before_anybody_else_s_turn(what: str) -> None:
+    """Who waits for a point that takes the oldest one's place finds its slots free. And if whoever
+    took it goes while they are being freed, the log says that there is a new point all the same.
+    """
+    with small_steps(), mock.patch.object(points, "MAX_POINTS", 3):
+        scene = Scene(on_full="evict")
+
+        async def main(volume: Volume) -> None:
+            service = volume.points_service
+            await volume.delete_point(1)
+            for seed in (5, 6, 7):
+                await write(volume, 0, pattern(seed, SIZE))  # 13 slots for each point
+                if seed < 7:
+                    await scene.create(volume)
+            scene.rig.log.events.clear()
+            tidy, tidying = service._tidy, trio.Event()
+
+            async def late(*args: Any) -> None:
+                tidying.set()
+                for _ in range(200):
+                    await trio.lowlevel.checkpoint()
+                    if what == "cancel":
+                        creating.cancel_scope.cancel()
+                await tidy(*args)
+
+            async with trio.open_nursery() as nursery, trio.open_nursery() as creating:
+                with mock.patch.object(service, "_tidy", late):
+                    Doing(creating, volume.create_point())
+                    while volume.core.admin.to_json()["running"] is None:
+                        await trio.lowlevel.checkpoint()
+                    if what == "shrink":
+                        await Doing(nursery, volume.resize(SMALLEST)).ended()
+                    await tidying.wait()
+            assert [point.number for point in volume.points] == [3, 4, 5]
+            volume.check_invariants()
+
+        scene.run(main)
+        assert scene.rig.log.params(1010)["point"] == 5
 
 
 def test_a_loss_is_not_recorded_in_a_state_file_that_was_deleted() -> None:

@@ -765,3 +765,41 @@ def test_an_opening_says_what_it_lacks() -> None:
     assert seen[0].fault is not None
     assert seen[0].fault.code is FaultCode.MEMORY_ALLOCATION_FAILURE
     _is_as_it_was(rig, offline=False)
+
+
+@pytest.mark.parametrize("operation", ["create", "delete"])
+@pytest.mark.parametrize("owner", [DiffArea, WriteBuffer])
+def test_a_commit_that_fails_once_it_counts_is_a_commit(owner: type, operation: str) -> None:
+    """Memory runs out right after the catalog has been written. The new point is exact, whatever
+    was answered, and a reader of the deleted one gets ESTALE and nothing else.
+    """
+    rig = made(buffer=1 << 16, maximum=SMALLEST + 64 * BLOCK)
+
+    async def main(volume: Volume) -> None:
+        await volume.create_point()
+        await write(volume, 0, NEW)  # All of it is preserved.
+        await flush(volume)
+        reader = volume.open_point(1)
+        name, target = ("commit", owner) if owner is DiffArea else ("note_area", volume.core)
+        real = getattr(target, name)
+
+        def lacking(*args: Any, **changes: Any) -> None:
+            real(*args, **changes)
+            raise MemoryError
+
+        with mock.patch.object(target, name, lacking), suppress(MemoryError, VsnapError):
+            if operation == "create":
+                await volume.create_point()
+            else:
+                await volume.delete_point(1, force=True)
+        if not volume.protection.is_online:
+            await volume.online()
+        await write(volume, 0, OLD)
+        found = await read_points(volume)
+        assert found == dict.fromkeys((2, 3), NEW) | {1: OLD} if operation == "create" else {2: NEW}
+        if operation == "delete":
+            with pytest.raises(OSError) as stale:
+                await reader.read(0, BLOCK)
+            assert stale.value.errno == errno.ESTALE
+
+    rig.run(main)

@@ -89,9 +89,8 @@ class SlotMap:
         _mark(view, slots)
         for slot in also:
             view[slot] = 1
-        self._taken = taken
-        self.in_use = int(np.count_nonzero(view))
-        self._cursor = 0
+        in_use = int(np.count_nonzero(view))
+        self._taken, self.in_use, self._cursor = taken, in_use, 0
         return before - self.in_use
 
     def resize(self, count: int) -> None:

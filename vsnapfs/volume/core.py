@@ -343,7 +343,8 @@ class Core:
 
         with self.admin.waits_for("a write to the diff area's superblock"):
             await in_thread(work)
-        self.note_area()
+        with suppress(MemoryError):  # It counts. The next one tells the ring of it, too.
+            self.note_area()
 
     def watch_over(self, area: DiffArea) -> None:
         """As the chosen durability has it; and what a failed sync may have lost is told."""

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import trio
 
@@ -129,13 +130,11 @@ class Points:
                     errno=errno.ETIMEDOUT,
                     code="timeout",
                 ) from None
-        if any(point.number in self.gone for point in before):
-            # Writes need not wait for this. Should it lack memory, see `remove`.
-            with suppress(MemoryError):
-                async with core.area_lock:
-                    area = core.need_area()
-                    area.zero_spans.clear()  # Some of their slots will be free.
-                    await self._tidy(area, [live.number for live in core.points])
+            if any(point.number in self.gone for point in before):
+                # Writes need not wait for this; a shrink or restore does, which wants their slots.
+                # It is taken, so whoever ends meanwhile says so all the same.
+                with trio.CancelScope(shield=True):
+                    await self._tidy_up()
         # An area from before this point, put back, must look old to the next opening (15). What
         # was saved before the commit cannot say that.
         with suppress(OSError, MemoryError):
@@ -181,14 +180,31 @@ class Points:
                         "volsnap", 58, volume=core.name, point=oldest.number, label=known_as
                     )
                 points = (*core.points[len(gone) :], point)
-                await core.commit(points=points, epoch=point.number)
-                self.gone.update(oldest.number for oldest in gone)
+                nothing = BlockSet()
+                try:
+                    await self._commit_without([p.number for p in gone], points, epoch=point.number)
+                finally:
+                    # Whatever that ended with, once it counts. Writes are still held: the first one
+                    # of the new epoch must find nothing preserved.
+                    if core.need_area().superblock.epoch == point.number:
+                        core.preserved = nothing
                 return point
 
-        point = await self._committed(commit(), "no recovery point was taken")
-        # Still held: the first write of the new epoch must find nothing preserved.
-        core.preserved.clear()
-        return point
+        return await self._committed(commit(), "no recovery point was taken")
+
+    async def _commit_without(
+        self, numbers: list[int], points: tuple[RecoveryPoint, ...], **changes: Any
+    ) -> None:
+        """Commit a catalog of `points`; who reads one of `numbers` gets ESTALE from then on. The
+        caller holds `area_lock`. FaultError.
+        """
+        core, gone = self._core, self.gone.union(numbers)
+        try:
+            await core.commit(points=points, **changes)
+        finally:
+            # Whatever that ended with: without memory a commit may count and fail all the same.
+            if core.need_area().superblock.points == points:
+                self.gone = gone
 
     async def _still_free(self, number: int) -> int:
         """`number`, or another one: if all points were given up since it was reserved, it was given
@@ -294,14 +310,23 @@ class Points:
             core.admin.begin()
             if tell is not None:
                 tell()
-            await core.commit(points=remaining, restoring=0 if restoring in numbers else restoring)
-            self.gone.update(numbers)
+            restoring = 0 if restoring in numbers else restoring
+            await self._commit_without(numbers, remaining, restoring=restoring)
             area.zero_spans.clear()  # Some of their slots will be free.
             with suppress(MemoryError):
                 # They are gone all the same, and what memory keeps of them does no harm: blocks are
                 # preserved that need not be. The next deletion or opening gives the space back.
                 await self._tidy(area, [point.number for point in remaining])
         core.changed()
+
+    async def _tidy_up(self) -> None:
+        """After a point was taken in the place of another. Should it lack memory, see `remove`."""
+        core = self._core
+        with suppress(MemoryError):
+            async with core.area_lock:
+                area = core.need_area()
+                area.zero_spans.clear()  # Some of their slots will be free.
+                await self._tidy(area, [live.number for live in core.points])
 
     async def _tidy(self, area: DiffArea, live: list[int]) -> None:
         """Forget what only deleted points needed, free its slots. The caller holds `area_lock`."""
