@@ -7,6 +7,9 @@ like a host, or a user, that takes long.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
 import trio
 
 #: However late a wait of at most this many seconds ends: no more than so many count.
@@ -31,3 +34,25 @@ class Patience:
                 await event.wait()
             self.left -= min(trio.current_time() - began, _TURN)
         return True
+
+
+@contextmanager
+def patient_for(seconds: float) -> Iterator[None]:
+    """As `trio.fail_after`, but counted so: TooSlowError once the patience is at its end."""
+    ended = trio.Event()
+
+    async def watch() -> None:
+        # What it lacks memory for is the end of the wait, not of the server.
+        with suppress(MemoryError):
+            if await Patience(seconds).wait(ended):
+                return
+        scope.cancel()
+
+    with trio.CancelScope() as scope:
+        trio.lowlevel.spawn_system_task(watch)
+        try:
+            yield
+        finally:
+            ended.set()
+    if scope.cancelled_caught:
+        raise trio.TooSlowError

@@ -560,6 +560,55 @@ def test_the_time_for_which_the_server_was_stopped_is_not_the_host_s(buffer: int
     scene.exact()
 
 
+@pytest.mark.parametrize("what", ["create", "restore", "shrink", "resize"])
+def test_a_command_does_not_count_the_time_for_which_the_server_was_stopped(what: str) -> None:
+    """One that holds writes, or waits for a growth, is refused once the host has taken longer than
+    `hold-timeout`, not because the process was stopped for so long.
+    """
+    scene = used_up("evict", buffer=64 * 1024, hold_timeout=10.0)
+    clock = trio.testing.MockClock()  # It stands still.
+    scene.rig.clock = lambda: clock
+    grows = what == "resize"
+
+    async def reached(pause: Pause) -> None:
+        while not pause.was_reached:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def main(volume: Volume) -> None:
+        command = {
+            "create": volume.create_point,
+            "restore": lambda: volume.restore(max(scene.points), force=True),
+            "shrink": lambda: volume.resize(volume.core.need_area().allocated - BLOCK),
+            "resize": lambda: volume.resize(SMALLEST + 200 * BLOCK),
+        }[what]
+        file, operation = ("area", "allocate") if grows else ("replica", "write")
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "replica", "sync") as syncing:
+                with Pause(scene.rig, file, operation) as slow:
+                    if what == "create":  # Its first flush holds nothing, and is waited for.
+                        doing = Doing(nursery, command())
+                        await reached(syncing)
+                    writing = Doing(nursery, write(volume, (BLOCKS - 2) * BLOCK * (not grows), NEW))
+                    await reached(slow)
+                    syncing.go()
+                    if what != "create":
+                        doing = Doing(nursery, command())
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    for seconds in (3600, *[1] * 8):
+                        clock.jump(seconds)
+                        await trio.testing.wait_all_tasks_blocked()
+                        assert not doing.answered, doing.error
+                    clock.jump(1)
+                    with pytest.raises(VsnapError):
+                        await doing.ended()
+                    slow.go()
+                await writing.ended()
+        assert scene.ids() == ([8] if what == "create" else [])
+
+    scene.run(main)
+
+
 @BUFFERS
 @pytest.mark.parametrize("policy", ["offline", "evict"])
 def test_a_write_waits_no_longer_once_points_are_deleted(policy: str, buffer: int) -> None:

@@ -22,6 +22,7 @@ from ..diffarea.bitmap import BlockSet
 from ..diffarea.layout import MAX_POINTS
 from ..diffarea.superblock import MAX_LABEL, MAX_POINT_NUMBER, RecoveryPoint
 from ..errors import BusyError, FaultError, UsageError, VsnapError
+from ..patience import patient_for
 from .buffer import WriteBuffer
 from .core import Core, T, in_thread, now_ns
 from .policy import Policy
@@ -116,7 +117,7 @@ class Points:
             await protection.reserve_number(number)
             try:
                 async with core.gate.held(core.config.hold_timeout):
-                    with trio.fail_after(core.config.hold_timeout):
+                    with patient_for(core.config.hold_timeout):
                         await self.drained("creating a recovery point")
                     point = await self._take(number, label or "")
             except trio.TooSlowError:

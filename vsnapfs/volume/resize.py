@@ -16,6 +16,7 @@ import trio
 from ..diffarea.area import DiffArea, check_maximum
 from ..diffarea.index import SLOT_MASK
 from ..errors import FaultError, UsageError, VsnapError
+from ..patience import patient_for
 from ..units import format_size
 from .buffer import WriteBuffer
 from .core import Core, Progress, in_thread
@@ -117,7 +118,7 @@ class Resize:
                 self._room.limit_slots(target, scope)
                 # Writes that reserved slots above the limit finish first; later ones stay below.
                 async with core.gate.held(core.config.hold_timeout):
-                    with trio.fail_after(core.config.hold_timeout):
+                    with patient_for(core.config.hold_timeout):
                         await self._drain()
                 self._check_known(area, target)  # Now that no write is under way.
                 core.admin.begin()

@@ -17,6 +17,7 @@ import trio
 
 from ..diffarea.area import DiffArea
 from ..errors import BusyError, FaultCode, FaultError, VsnapError, unexpected
+from ..patience import patient_for
 from ..units import format_size
 from .core import Core, Progress, in_thread
 from .points import Points
@@ -85,7 +86,7 @@ class Restore:
             protection.restoring = True
             try:
                 async with core.gate.held(core.config.hold_timeout):
-                    with trio.fail_after(core.config.hold_timeout):
+                    with patient_for(core.config.hold_timeout):
                         await self._points.drained("restoring")
                     # The writes that were waited for may have evicted it.
                     point = self._points.resolve(point.number)

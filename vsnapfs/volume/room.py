@@ -23,7 +23,7 @@ import trio
 from ..config import SLOW_GROWTH_SECONDS
 from ..diffarea.area import DiffArea
 from ..errors import FaultCode, FaultError, VsnapError, unexpected
-from ..patience import Patience
+from ..patience import Patience, patient_for
 from ..units import format_size
 from .core import Core, leave_in_thread
 from .policy import Policy
@@ -358,16 +358,17 @@ class Room:
     async def standing_still(self) -> AsyncIterator[None]:
         """Hold `grow_lock`. VsnapError if a growth under way does not end soon."""
         core = self._core
-        with trio.move_on_after(core.config.hold_timeout) as timer:
-            await core.grow_lock.acquire()
-        if timer.cancelled_caught:
+        try:
+            with patient_for(core.config.hold_timeout):
+                await core.grow_lock.acquire()
+        except trio.TooSlowError:
             since = f", since {self._growth.seconds:.0f} s" if self._growth is not None else ""
             raise VsnapError(
                 f"volume {core.name}: its diff area is still growing{since}",
                 hint="The host takes long to reserve the space. Try again when it has done so.",
                 errno=errno.EBUSY,
                 code="growing",
-            )
+            ) from None
         try:
             yield
         finally:
