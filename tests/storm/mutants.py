@@ -87,7 +87,7 @@ def a_failed_sync_spoils_nothing(patch: Patch) -> None:
 
 
 #: In how many seeds, from 0 on, a storm must find each.
-WITHIN = 30
+WITHIN = 150
 PLAIN: dict[str, Any] = {"failures": False, "rot": False, "copies": False, "process": False}
 #: What a storm is given for it.
 MUTANTS: dict[Callable[[Patch], None], dict[str, Any]] = {
