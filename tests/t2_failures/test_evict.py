@@ -219,6 +219,32 @@ def test_writes_to_the_same_blocks_cost_one_point_if_that_makes_room(buffer: int
         scene.exact()
 
 
+@pytest.mark.parametrize("buffer", [0, 1 << 16])
+def test_slots_that_zeros_will_not_use_are_waited_for_before_another_point_goes(
+    buffer: int,
+) -> None:
+    """Each write reserves a slot before anybody knows that its block was zeros, and gives it back.
+    The other writes, which wait for the first one's eviction, wait for that, too.
+    """
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST, buffer=buffer)
+
+        async def main(volume: Volume) -> None:
+            await scene.fill(volume, 4)
+            await write(volume, 0, bytes(4 * BLOCK))
+            await scene.create(volume)
+            assert volume.core.need_area().slots.free == 0
+            scene.rig.log.events.clear()
+            async with trio.open_nursery() as nursery:
+                for block in range(4):
+                    nursery.start_soon(write, volume, block * BLOCK, pattern(block, BLOCK // 2))
+
+        scene.run(main)
+        assert scene.rig.log.params(33)["point"] == 1  # It had two blocks.
+        scene.points.pop(1)
+        scene.exact()
+
+
 @pytest.mark.parametrize("what", ["shrink", "cancel"])
 def test_what_the_oldest_point_needed_is_free_before_anybody_else_s_turn(what: str) -> None:
     """Who waits for a point that takes the oldest one's place finds its slots free. And if whoever

@@ -261,9 +261,17 @@ class Writer:
             gate.inside += 1  # `write` counts it out; who is given up here awaits nothing before.
         if session != protection.session or not protection.is_online:
             raise await protection.refuse()
+        if failure is None:
+            return
+        full = failure.code is FaultCode.DIFF_AREA_FULL
+
+        def still_needed() -> int:
+            # What may come back is waited for before this looks again.
+            return 0 if full and self._may_come_back else self._slots_needed(blocks)
+
         # Whoever held the gate may have taken long: by now there may be room, or copies.
-        needed = self._slots_needed(blocks)
-        if failure is not None and core.need_area().slots.free < needed:
+        needed = still_needed()
+        if core.need_area().slots.free < needed:
             failure.block = blocks[0]
             await self._policy.failed(
                 failure,
@@ -271,7 +279,7 @@ class Writer:
                 offset=offset,
                 length=length,
                 needed=needed,
-                still_needed=lambda: self._slots_needed(blocks),
+                still_needed=still_needed,
             )
             if not protection.is_online:
                 raise await protection.refuse()
@@ -282,6 +290,12 @@ class Writer:
         if not core.points:
             return 0
         return sum(not any(block in those for those in known) for block in blocks)
+
+    @property
+    def _may_come_back(self) -> bool:
+        """Whether slots are reserved for copies on their way that zeros would not use."""
+        on_the_way = self._on_the_way or (self._buffer.slots and self._buffer.stuck is None)
+        return self._core.config.zero_blocks == "flag" and bool(on_the_way)
 
     async def _slots_come_back(self) -> bool:
         """Of slots that are reserved, those for blocks of zeros will not be used: wait for that.
