@@ -109,15 +109,17 @@ class Policy:
         offset: int | None = None,
         length: int | None = None,
         needed: int | None = None,
+        still_needed: Callable[[], int] | None = None,
     ) -> None:
         """An operation on the diff area has failed. Afterwards whoever needed it looks again: the
         volume is offline, or there is room, or there are no points.
 
-        offset, length, needed: of the write, as in `Protection.mark`. Not under `area_lock`.
+        offset, length, needed: of the write, as in `Protection.mark`. still_needed: the latter once
+        this has waited, if it can change. Not under `area_lock`.
         """
         verdict = self.decide(error, growing=growing)
         if verdict is Verdict.EVICT_OLDEST:
-            failure = await self._evict_oldest(error, needed or 1)
+            failure = await self._evict_oldest(error, still_needed or (lambda: needed or 1))
             if failure is not None:
                 await self.failed(failure, offset=offset, length=length, needed=needed)
             return
@@ -129,19 +131,21 @@ class Policy:
         if verdict is Verdict.OFFLINE:
             await self._protection.trip(error, offset=offset, length=length, needed=needed)
 
-    async def _evict_oldest(self, error: FaultError, needed: int) -> FaultError | None:
+    async def _evict_oldest(
+        self, error: FaultError, still_needed: Callable[[], int]
+    ) -> FaultError | None:
         """Returns why it could not be removed."""
         core = self._core
 
         def wanted() -> bool:
             # Many writes may have met the same lack: one point is enough if that makes room. And
-            # while this waited a deletion or a resize may have made some, or the volume have gone
-            # offline: then no write goes through for it.
+            # while this waited a deletion or a resize may have made some, another write may have
+            # got slots for its blocks, or the volume have gone offline: then no write goes through.
             area = core.need_area()
             room = area.slots.free
             if error.code is FaultCode.DIFF_AREA_FULL:
                 room += area.growable_slots
-            return self.is_online and room < needed
+            return self.is_online and room < still_needed()
 
         async with self._giving_up:
             if not core.points or not wanted():

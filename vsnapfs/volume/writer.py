@@ -266,7 +266,12 @@ class Writer:
         if failure is not None and core.need_area().slots.free < needed:
             failure.block = blocks[0]
             await self._policy.failed(
-                failure, growing=True, offset=offset, length=length, needed=needed
+                failure,
+                growing=True,
+                offset=offset,
+                length=length,
+                needed=needed,
+                still_needed=lambda: self._slots_needed(blocks),
             )
             if not protection.is_online:
                 raise await protection.refuse()
