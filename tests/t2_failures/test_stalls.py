@@ -560,6 +560,42 @@ def test_the_time_for_which_the_server_was_stopped_is_not_the_host_s(buffer: int
     scene.exact()
 
 
+@BUFFERS
+def test_no_point_goes_for_a_block_that_another_write_has_a_slot_for_by_now(buffer: int) -> None:
+    """A write lacks room beside a deletion that makes some, and meanwhile one of its blocks gets
+    its slot from another write: what is free then is enough.
+    """
+    scene = Scene(on_full="evict", maximum=SMALLEST, buffer=buffer)
+    scene.run(scene.fill, 2)
+    scene.rig.log.events.clear()
+    scene.rig.threads = True
+
+    async def main(volume: Volume) -> None:
+        spare = max(scene.points)
+        await write(volume, 0, NEW[:BLOCK])  # Of this block an older point has a copy, too.
+        await flush(volume)
+        await scene.create(volume)
+        area = volume.core.need_area()
+        assert (area.slots.free, area.growable_slots) == (1, 0)
+        async with trio.open_nursery() as nursery:
+            with Pause(scene.rig, "area", "sync") as committing:
+                deleting = Doing(nursery, volume.delete_point(spare))
+                await committing.reached()
+                writing = Doing(nursery, write(volume, 8 * BLOCK, NEW))
+                await all_stand_still()
+                other = Doing(nursery, write(volume, 8 * BLOCK, NEW[:BLOCK]))
+                await all_stand_still()
+                assert area.slots.free == 0
+            for one in (deleting, writing, other):
+                await one.ended()
+        await flush(volume)
+        del scene.points[spare]
+
+    scene.run(main)
+    assert scene.ids() == []
+    scene.exact()
+
+
 @pytest.mark.parametrize("what", ["create", "restore", "shrink", "resize"])
 def test_a_command_does_not_count_the_time_for_which_the_server_was_stopped(what: str) -> None:
     """One that holds writes, or waits for a growth, is refused once the host has taken longer than
