@@ -245,6 +245,38 @@ def test_slots_that_zeros_will_not_use_are_waited_for_before_another_point_goes(
         scene.exact()
 
 
+@pytest.mark.parametrize(
+    ("times", "zeros", "count"),
+    [(5, False, 3), (FOREVER, True, 4)],
+    ids=["the next growth passes", "zeros"],
+)
+@pytest.mark.parametrize("buffer", [0, 1 << 16])
+def test_a_growth_that_fails_for_many_writes_costs_one_point_if_that_helps(
+    buffer: int, times: int, *, zeros: bool, count: int
+) -> None:
+    """What the oldest point has left is taken by some of them. The others look again: the host may
+    have space by now, or slots come back that blocks of zeros have not used.
+    """
+    with small_steps():
+        scene = Scene(on_full="evict", maximum=SMALLEST + 64 * BLOCK, buffer=buffer)
+
+        async def main(volume: Volume) -> None:
+            await scene.fill(volume, 4)  # Of the first point there are two blocks.
+            await write(volume, 0, bytes(4 * BLOCK) if zeros else pattern(60, 4 * BLOCK))
+            await scene.create(volume)
+            area = volume.core.need_area()
+            area.unknown_slots += tuple(area.slots.reserve(area.slots.free) or ())
+            scene.rig.host.fail("area", "allocate", errno.ENOSPC, times=times)
+            async with trio.open_nursery() as nursery:
+                for block in range(count):
+                    nursery.start_soon(write, volume, block * BLOCK, pattern(block, BLOCK // 2))
+
+        scene.run(main)
+        assert scene.rig.log.params(35)["point"] == 1
+        scene.points.pop(1)
+        scene.exact()
+
+
 @pytest.mark.parametrize("what", ["shrink", "cancel"])
 def test_what_the_oldest_point_needed_is_free_before_anybody_else_s_turn(what: str) -> None:
     """Who waits for a point that takes the oldest one's place finds its slots free. And if whoever

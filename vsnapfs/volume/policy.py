@@ -135,12 +135,15 @@ class Policy:
         self, error: FaultError, still_needed: Callable[[], int]
     ) -> FaultError | None:
         """Returns why it could not be removed."""
-        core = self._core
+        core, known = self._core, set(self._core.points)
 
         def wanted() -> bool:
             # Many writes may have met the same lack, some of them for the same blocks: one point is
             # enough if that makes room. And while this waited a deletion or a resize may have made
-            # some, or the volume have gone offline: then no write goes through for it.
+            # some, or the volume have gone offline: then no write goes through for it. Others may
+            # have that room by now, but the next growth may pass, or blocks of zeros give it back.
+            if not known <= set(core.points):
+                return False
             area = core.need_area()
             room = area.slots.free
             if error.code is FaultCode.DIFF_AREA_FULL:
