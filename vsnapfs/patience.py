@@ -14,6 +14,8 @@ import trio
 
 #: However late a wait of at most this many seconds ends: no more than so many count.
 _TURN = 1.0
+#: Seconds too few to be told apart from none on a clock that has run for years: rounding's rest.
+_NONE = 1e-6
 
 
 class Patience:
@@ -27,7 +29,7 @@ class Patience:
     async def wait(self, event: trio.Event) -> bool:
         """Wait for `event`. False: the patience is at its end."""
         while not event.is_set():
-            if self.left <= 0:
+            if self.left < _NONE:
                 return False
             began = trio.current_time()
             with trio.move_on_after(min(self.left, _TURN)):

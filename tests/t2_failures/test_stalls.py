@@ -31,6 +31,7 @@ from simdisk import FOREVER
 
 from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
 from vsnapfs.errors import VsnapError
+from vsnapfs.patience import Patience
 from vsnapfs.volume import Volume
 from vsnapfs.volume import room as room_module
 from vsnapfs.volume.room import Rate
@@ -743,3 +744,24 @@ def test_blocks_whose_copies_are_on_their_way_need_no_room(policy: str, buffer: 
     assert scene.ids() == []
     assert scene.fault is None
     scene.exact()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 2.1, 30.7])
+@pytest.mark.parametrize("began", [0.1, 12345.678])
+def test_a_time_limit_ends_whatever_rounding_leaves_of_it(seconds: float, began: float) -> None:
+    """Less than the clock can tell apart is none: it does not wait for that over and over."""
+    turns = 0
+
+    def counted(left: float) -> trio.CancelScope:
+        nonlocal turns
+        turns += 1
+        assert turns < 60
+        return move_on_after(left)
+
+    async def main() -> None:
+        await trio.sleep(began)
+        assert not await Patience(seconds).wait(trio.Event())
+
+    move_on_after = trio.move_on_after
+    with mock.patch.object(trio, "move_on_after", counted):
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
