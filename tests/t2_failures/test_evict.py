@@ -246,16 +246,17 @@ def test_slots_that_zeros_will_not_use_are_waited_for_before_another_point_goes(
 
 
 @pytest.mark.parametrize(
-    ("times", "zeros", "count"),
-    [(5, False, 3), (FOREVER, True, 4)],
-    ids=["the next growth passes", "zeros"],
+    ("times", "zeros", "at_once", "late"),
+    [(5, False, 3, 0), (FOREVER, True, 4, 0), (FOREVER, True, 2, 2)],
+    ids=["the next growth passes", "zeros", "zeros, two come late"],
 )
 @pytest.mark.parametrize("buffer", [0, 1 << 16])
 def test_a_growth_that_fails_for_many_writes_costs_one_point_if_that_helps(
-    buffer: int, times: int, *, zeros: bool, count: int
+    buffer: int, times: int, *, zeros: bool, at_once: int, late: int
 ) -> None:
     """What the oldest point has left is taken by some of them. The others look again: the host may
-    have space by now, or slots come back that blocks of zeros have not used.
+    have space by now, or slots come back that blocks of zeros have not used. So do those that come
+    when the point has gone and its slots are not free yet.
     """
     with small_steps():
         scene = Scene(on_full="evict", maximum=SMALLEST + 64 * BLOCK, buffer=buffer)
@@ -268,7 +269,9 @@ def test_a_growth_that_fails_for_many_writes_costs_one_point_if_that_helps(
             area.unknown_slots += tuple(area.slots.reserve(area.slots.free) or ())
             scene.rig.host.fail("area", "allocate", errno.ENOSPC, times=times)
             async with trio.open_nursery() as nursery:
-                for block in range(count):
+                for block in range(at_once + late):
+                    while block >= at_once and volume.points[0].number == 1:
+                        await trio.lowlevel.checkpoint()
                     nursery.start_soon(write, volume, block * BLOCK, pattern(block, BLOCK // 2))
 
         scene.run(main)

@@ -24,6 +24,8 @@ class SlotMap:
         self.in_use = 0
         #: While shrinking: only slots below it are given out.
         self.limit: int | None = None
+        #: How often `keep_only` has freed what only deleted points needed.
+        self.sweeps = 0
 
     def __len__(self) -> int:
         """How many slots there are."""
@@ -91,6 +93,7 @@ class SlotMap:
             view[slot] = 1
         in_use = int(np.count_nonzero(view))
         self._taken, self.in_use, self._cursor = taken, in_use, 0
+        self.sweeps += 1
         return before - self.in_use
 
     def resize(self, count: int) -> None:

@@ -135,16 +135,16 @@ class Policy:
         self, error: FaultError, still_needed: Callable[[], int]
     ) -> FaultError | None:
         """Returns why it could not be removed."""
-        core, known = self._core, set(self._core.points)
+        core, sweeps = self._core, self._core.need_area().slots.sweeps
 
         def wanted() -> bool:
             # Many writes may have met the same lack, some of them for the same blocks: one point is
             # enough if that makes room. And while this waited a deletion or a resize may have made
             # some, or the volume have gone offline: then no write goes through for it. Others may
             # have that room by now, but the next growth may pass, or blocks of zeros give it back.
-            if not known <= set(core.points):
-                return False
             area = core.need_area()
+            if area.slots.sweeps != sweeps:
+                return False
             room = area.slots.free
             if error.code is FaultCode.DIFF_AREA_FULL:
                 room += area.growable_slots

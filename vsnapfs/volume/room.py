@@ -129,6 +129,7 @@ class Room:
         once `patience` is at its end.
         """
         area, points = self._core.need_area(), self._core.points
+        sweeps = area.slots.sweeps
         if area.slots.free >= count:
             return
         if area.growable_slots == 0 or area.slots.free + area.growable_slots < count:
@@ -151,7 +152,8 @@ class Room:
                     return  # A shrink has begun, which would hold up the growth: it gives up.
         finally:
             growth.waiting -= 1
-        if growth.error is not None and area.slots.free < count:
+        # What a deletion has freed meanwhile others may have, and zeros may give it back.
+        if growth.error is not None and area.slots.free < count and area.slots.sweeps == sweeps:
             raise growth.error
 
     def _too_slow(self) -> FaultError:
