@@ -134,8 +134,9 @@ class Points:
             if any(point.number in self.gone for point in before):
                 # Writes need not wait for this; a shrink or restore does, which wants their slots.
                 # It is taken, so whoever ends meanwhile says so all the same.
-                with trio.CancelScope(shield=True):
-                    await self._tidy_up()
+                with trio.CancelScope(shield=True), suppress(MemoryError):
+                    async with core.area_lock:
+                        await self._tidy(core.need_area())
         # An area from before this point, put back, must look old to the next opening (15). What
         # was saved before the commit cannot say that.
         with suppress(OSError, MemoryError):
@@ -313,24 +314,16 @@ class Points:
                 tell()
             restoring = 0 if restoring in numbers else restoring
             await self._commit_without(numbers, remaining, restoring=restoring)
-            area.zero_spans.clear()  # Some of their slots will be free.
-            with suppress(MemoryError):
-                # They are gone all the same, and what memory keeps of them does no harm: blocks are
-                # preserved that need not be. The next deletion or opening gives the space back.
-                await self._tidy(area, [point.number for point in remaining])
+            await self._tidy(area)
         core.changed()
 
-    async def _tidy_up(self) -> None:
-        """After a point was taken in the place of another. Should it lack memory, see `remove`."""
-        core = self._core
-        with suppress(MemoryError):
-            async with core.area_lock:
-                area = core.need_area()
-                area.zero_spans.clear()  # Some of their slots will be free.
-                await self._tidy(area, [live.number for live in core.points])
+    async def _tidy(self, area: DiffArea) -> None:
+        """Forget what only deleted points needed, free its slots. The caller holds `area_lock`.
 
-    async def _tidy(self, area: DiffArea, live: list[int]) -> None:
-        """Forget what only deleted points needed, free its slots. The caller holds `area_lock`."""
+        Without memory they are gone all the same, and what is kept of them does no harm: blocks are
+        preserved that need not be. The next deletion or opening gives the space back.
+        """
+        live = [point.number for point in self._core.points]
 
         def work() -> BlockSet:
             area.index.compact(live)
@@ -339,11 +332,13 @@ class Points:
                 preserved.update(area.index.blocks_since(live[-1]))
             return preserved
 
+        area.zero_spans.clear()  # Some of their slots will be free.
         if area.is_unread:
             return
-        self._core.preserved = await in_thread(work)
-        kept = area.index.live_slots(live)
-        area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
+        with suppress(MemoryError):
+            self._core.preserved = await in_thread(work)
+            kept = area.index.live_slots(live)
+            area.slots.keep_only(kept, also=(*self._room.promised, *area.unknown_slots))
 
     async def forget_all(
         self, tell: Callable[[list[int]], None], look: Callable[[], None]
