@@ -428,6 +428,41 @@ def test_a_restore_does_not_wait_for_a_write_that_waits() -> None:
     scene.exact()
 
 
+@pytest.mark.parametrize("host", ["stalls", "fails"])
+def test_a_restore_that_waits_for_room_is_refused_when_the_volume_goes_offline(host: str) -> None:
+    """At once; it neither waits for the host nor tries again and again. Nothing was changed."""
+    scene = used_up("offline")
+    before = scene.replica()
+
+    async def main(volume: Volume) -> None:
+        lost = OSError(errno.EIO, "the disk has lost it")
+        async with trio.open_nursery() as nursery:
+            with (
+                Pause(scene.rig, "area", "allocate") as growing,
+                Pause(scene.rig, "replica", "sync", error=lost) as syncing,
+            ):
+                flushing = Doing(nursery, flush(volume))
+                await syncing.reached()
+                restoring = Doing(nursery, volume.restore(min(scene.points), force=True))
+                await growing.reached()
+                syncing.go()
+                with pytest.raises(OSError):
+                    await flushing.ended()
+                if host == "fails":
+                    scene.rig.host.fail("area", "allocate", errno.EIO, times=FOREVER)
+                    growing.go()
+                with pytest.raises(VsnapError) as caught:
+                    await restoring.ended()
+                assert caught.value.code == "offline"
+                assert volume.core.area_is_busy or host == "fails"
+
+    scene.run(main)
+    assert scene.replica() == before
+    assert scene.ids().count(24) <= 1
+    scene.rig.host.failures.clear()
+    scene.exact()
+
+
 # --- told ----------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ from benchmark.machine import BenchError
 from benchmark.systems import Served, System
 from house import ROOT, loop_devices, mounts
 
+from vsnapfs.config import load
+
 BY_NAME = {system.name: system for system in SYSTEMS}
 TINY = (
     Cell("copied", "randwrite", 4 * KIB, 1, warm=True, span=2 * MIB, seconds=0.3),
@@ -435,6 +437,11 @@ def mounted_below(place: Path) -> list[str]:
     return [where for where, _, _ in mounts().values() if where.startswith(f"{place}/")]
 
 
+def rings_of(ids: list[str]) -> list[Path]:
+    """The write buffers in shared memory of the volumes with these ids."""
+    return [ring for each in ids for ring in Path("/dev/shm").glob(f"vsnapfs-{each}-*")]
+
+
 def loops_below(place: Path) -> dict[str, str]:
     """Loop device → its file, as it is called while its mount is there and once it is detached."""
     return {device: file for device, file in loop_devices().items() if str(place) in file}
@@ -488,17 +495,20 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, how: signal.Si
 @pytest.mark.needs_loop
 @pytest.mark.slow
 def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None:
-    """SIGKILL leaves mounts, a loop device and processes; a run that lives is not touched."""
+    """SIGKILL leaves mounts, a loop device, processes, memory; a run that lives is not touched."""
     with running(tmp_path) as process:
         assert machine.remove_stale(tmp_path) == []
         assert mounted_below(tmp_path)
         servers, loops = servers_of(process), loops_below(tmp_path)
+        ids = [load(config.parent).volume_id for config in tmp_path.rglob("volume.toml")]
         process.kill()
         process.wait()
     assert mounted_below(tmp_path)
+    assert rings_of(ids)
     (left,) = tmp_path.iterdir()
     assert machine.remove_stale(tmp_path) == [left]
+    assert rings_of(ids) == []
     assert machine.wait_for(lambda: not any(map(is_running, servers)), 60)
     assert mounted_below(tmp_path) == []
     assert not is_attached(loops)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == []

@@ -128,7 +128,7 @@ class Restore:
                 code="no-room",
             )
         try:
-            await self._room.grow_to_hold(len(new))
+            await self._grow_to_hold(len(new))
             await self._writer.fill_holes(todo, 0, core.size)
         except (FaultError, OSError) as error:
             raise VsnapError(
@@ -183,6 +183,12 @@ class Restore:
                 code="fault",
             ) from error
         return len(todo) * core.block_size
+
+    async def _grow_to_hold(self, count: int) -> None:
+        """`Room.grow_to_hold`. VsnapError if the volume goes offline meanwhile."""
+        await self._room.grow_to_hold(count)
+        if not self._protection.is_online:
+            self._protection.require_online("restoring")
 
     # -- planning: nothing is changed -----------------------------------------------------------
 
@@ -256,7 +262,7 @@ class Restore:
     async def _preserve(self, area: DiffArea, blocks: list[int]) -> None:
         slots = area.slots.reserve(len(blocks))
         if slots is None:
-            await self._room.grow_to_hold(len(blocks))
+            await self._grow_to_hold(len(blocks))
             slots = area.slots.reserve(len(blocks))
         if slots is None:
             raise self._room.full()

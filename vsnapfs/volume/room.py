@@ -349,11 +349,11 @@ class Room:
         await leave_in_thread(work)
 
     async def grow_to_hold(self, count: int) -> None:
-        """Grow until `count` slots are free, for a restore, which holds all writes. FaultError if
-        that cannot be.
+        """Grow until `count` slots are free, for a restore, which holds all writes; or until the
+        volume goes offline. FaultError if that cannot be.
         """
         area = self._core.need_area()
-        while area.slots.free < count:
+        while area.slots.free < count and self._policy.is_online:
             await self._grow_for(count, Patience(math.inf))
 
     @asynccontextmanager
