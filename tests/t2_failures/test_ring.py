@@ -1055,6 +1055,31 @@ def test_online_is_refused_while_it_still_cannot_be_carried_out() -> None:
     assert content(rig) == NEW + OLD[BLOCK:]
 
 
+def test_online_is_refused_where_there_is_no_room_for_what_was_acknowledged() -> None:
+    """Growing is tried once, not again and again: the volume, being offline, was not waited for."""
+    rig = stuck()
+    rig.killed()
+
+    async def back(volume: Volume) -> None:
+        assert not volume.protection.is_online
+        assert volume.buffer.pending
+        rig.host.failures.clear()
+        # As an opening that finds less room than there was.
+        slots = volume.core.need_area().slots
+        assert slots.reserve(slots.free) is not None
+        rig.host.fail("area", "allocate", errno.ENOSPC, times=FOREVER)
+        rig.threads = True
+        with trio.fail_after(60):
+            error = await attempt(volume.online())
+        assert isinstance(error, VsnapError)
+        assert volume.buffer.pending
+
+    rig.run(back)
+    assert rig.log.ids().count(24) <= 1
+    rig.host.failures.clear()
+    assert content(rig) == NEW + OLD[BLOCK:]
+
+
 def test_a_stuck_write_survives_closing_and_a_kill() -> None:
     """The ring stays where it is, the log says so, and the way out still leads out."""
     rig = stuck()

@@ -108,10 +108,11 @@ class Room:
 
     # -- for writers ----------------------------------------------------------------------------
 
-    async def make(self, count: int) -> None:
+    async def make(self, count: int, *, acknowledged: bool = False) -> None:
         """Return when `count` slots may be free (look again). FaultError 8, 9, 10, 12, …
 
-        The caller must not be counted in at the write gate: this may take very long.
+        The caller must not be counted in at the write gate: this may take very long. acknowledged:
+        for writes that cannot be refused any more, when the volume goes offline or is so already.
         """
         area = self._core.need_area()
         if area.slots.limit is not None:
@@ -121,12 +122,15 @@ class Room:
                 async with self._core.area_lock:
                     pass  # It is cutting already: the new size is here in a moment.
             return
-        await self._grow_for(count, Patience(self._policy.patience))
+        await self._grow_for(count, Patience(self._policy.patience), acknowledged=acknowledged)
 
-    async def _grow_for(self, count: int, patience: Patience) -> None:
+    async def _grow_for(
+        self, count: int, patience: Patience, *, acknowledged: bool = False
+    ) -> None:
         """Wait for a growth, once, if `count` slots are not free. Or until points are deleted: then
-        there may be room, or no copy is needed any more. Or until a shrink begins. FaultError 9
-        once `patience` is at its end.
+        there may be room, or no copy is needed any more. Or until a shrink begins, or, unless
+        `acknowledged`, the volume goes offline: the caller must look, not just ask again.
+        FaultError 9 once `patience` is at its end.
         """
         area, points = self._core.need_area(), self._core.points
         sweeps = area.slots.sweeps
@@ -146,7 +150,9 @@ class Room:
             while not growth.ended.is_set():
                 if not await patience.wait(growth.news):
                     raise self._too_slow()
-                if not self._policy.is_online or not set(points) <= set(self._core.points):
+                if not (acknowledged or self._policy.is_online):
+                    return
+                if not set(points) <= set(self._core.points):
                     return
                 if area.slots.limit is not None:
                     return  # A shrink has begun, which would hold up the growth: it gives up.

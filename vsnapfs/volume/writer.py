@@ -450,7 +450,7 @@ class Writer:
     async def _room_for(self, blocks: list[int]) -> FaultError | None:
         """For acknowledged writes: grow or evict. Returns why they must wait."""
         try:
-            await self._room.make(len(blocks))
+            await self._room.make(len(blocks), acknowledged=True)
         except FaultError as error:
             error.block = blocks[0]
             await self._policy.failed(
