@@ -185,9 +185,9 @@ class Restore:
         return len(todo) * core.block_size
 
     async def _grow_to_hold(self, count: int) -> None:
-        """`Room.grow_to_hold`. VsnapError if the volume goes offline meanwhile."""
+        """`Room.grow_to_hold`. VsnapError if the volume goes offline before it could."""
         await self._room.grow_to_hold(count)
-        if not self._protection.is_online:
+        if self._core.need_area().slots.free < count:
             self._protection.require_online("restoring")
 
     # -- planning: nothing is changed -----------------------------------------------------------
