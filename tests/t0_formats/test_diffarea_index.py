@@ -7,6 +7,7 @@ from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -292,6 +293,25 @@ class SlotMachine(RuleBasedStateMachine):
 def test_the_slot_map_counts_like_a_set() -> None:
     """All or none is reserved, below the limit, never twice; what is counted is what is taken."""
     run_state_machine_as_test(SlotMachine, settings=settings(stateful_step_count=30))
+
+
+class _CannotCount(int):
+    """A number that there is no memory to add to."""
+
+    def __add__(self, other: int) -> int:
+        raise MemoryError
+
+
+def test_a_reservation_without_memory_takes_nothing() -> None:
+    """Were more slots taken than counted, writes would look for a free one for ever."""
+    slots = SlotMap(4)
+    slots.reserve(2)
+    slots.in_use = _CannotCount(2)
+    with pytest.raises(MemoryError):
+        slots.reserve(2)
+    slots.in_use = 2
+    assert slots.taken_from(0) == [0, 1]
+    assert slots.reserve(slots.free) == [2, 3]
 
 
 def test_slots_come_in_ascending_runs() -> None:

@@ -599,6 +599,28 @@ def test_a_deletion_that_runs_out_of_memory_has_deleted(site: tuple[Any, str]) -
     rig.run(go)
 
 
+def test_a_shrink_frees_what_a_deletion_without_memory_left_taken() -> None:
+    """Slots that no copy is known in are no hindrance, and none is lost with each attempt."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        area = volume.core.need_area()
+        low = area.slots.reserve(area.slots.free)
+        assert low is not None
+        await volume.room.grow_to_hold(14)
+        await volume.create_point()
+        await write(volume, 0, OLD)
+        await flush(volume)
+        area.slots.release(low)
+        with mock.patch.object(SlotMap, "keep_only", side_effect=MemoryError):
+            await volume.delete_point(2)
+        await volume.resize(SMALLEST)
+        volume.check_invariants()
+        assert await read_points(volume) == {1: OLD}
+
+    rig.run(go)
+
+
 def test_a_growth_that_runs_out_of_memory_is_made_up_for() -> None:
     """It is committed and its slots are not there: the next one goes on, and no copy is lost."""
     rig = made()

@@ -52,22 +52,24 @@ class SlotMap:
         end = len(self._taken) if self.limit is None else self.limit
         if count > self.free:
             return None
-        cursor, taken = min(self._cursor, end), self._taken
+        first = cursor = min(self._cursor, end)
         slots: list[int] = []
         wrapped = False
         while len(slots) < count:
-            slot = taken.find(0, cursor, end)
+            slot = self._taken.find(0, cursor, end)
             if slot < 0:
                 if wrapped:
-                    self.release(slots)
                     return None
-                wrapped, cursor = True, 0
+                wrapped, cursor, end = True, 0, first
                 continue
-            taken[slot] = 1
-            self.in_use += 1
             slots.append(slot)
             cursor = slot + 1
-        self._cursor = cursor
+        # What memory may lack for comes before: a count that is wrong by one would promise room
+        # that is never found.
+        in_use = self.in_use + count
+        for slot in slots:
+            self._taken[slot] = 1
+        self.in_use, self._cursor = in_use, cursor
         return slots
 
     def take(self, slots: npt.NDArray[np.uint32]) -> None:

@@ -168,6 +168,9 @@ class Resize:
         columns = (column[high_up].tolist() for column in (blocks, epochs, slots))
         for block, epoch, slot in zip(*columns, strict=True):
             where.setdefault(slot & SLOT_MASK, []).append((block, epoch, slot & ~SLOT_MASK))
+        # A deletion that then lacked memory may have left slots taken that no point needs.
+        known = {*where, *self._room.promised, *area.unknown_slots}
+        area.slots.release(slot for slot in area.slots.taken_from(target) if slot not in known)
         todo = area.slots.taken_from(target)
         for start in range(0, len(todo), _AT_ONCE):
             async with core.area_lock:
