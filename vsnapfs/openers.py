@@ -99,15 +99,6 @@ def writers(files: list[File]) -> list[dict[Writer, int]]:
     """
     found: list[dict[Writer, int]] = [{} for _ in files]
     inodes = {file.inode for file in files}
-    for pid, place, inode, where, path in _mapped_for_writing(inodes):
-        for file, those in zip(files, found, strict=True):
-            if (file.inode, file.file_system) != (inode, place) or _descends(pid):
-                continue
-            # The second takes root, and tells one from the other where a number is there twice.
-            if path in file.names or file.is_at(where):
-                writer = _writer(pid)
-                if writer is not None:
-                    those[writer] = 1
     for pid in _pids():
         for name, inode, mount in _open_for_writing(pid, inodes):
             for file, those in zip(files, found, strict=True):
@@ -116,6 +107,18 @@ def writers(files: list[File]) -> list[dict[Writer, int]]:
                 writer = _writer(pid)
                 if writer is not None:
                     those[writer] = those.get(writer, 0) + 1
+    # After the descriptors: who maps a file has it open until then.
+    mapped: set[tuple[int, int]] = set()
+    for pid, place, inode, where, path in _mapped_for_writing(inodes):
+        for number, file in enumerate(files):
+            if (file.inode, file.file_system) != (inode, place) or _descends(pid):
+                continue
+            # The second takes root, and tells one from the other where a number is there twice.
+            if (number, pid) not in mapped and (path in file.names or file.is_at(where)):
+                mapped.add((number, pid))
+                writer = _writer(pid)
+                if writer is not None:
+                    found[number][writer] = found[number].get(writer, 0) + 1
     return found
 
 
