@@ -28,6 +28,8 @@ _LOOP_INFO_SIZE = 232
 _PATIENCE = 1.0
 #: Loop devices that have been asked and have not answered yet.
 _asking: set[str] = set()
+#: Processes whose memory is being looked at; who stays in it is stuck.
+_reading: set[int] = set()
 _Mounts = dict[str, tuple[str, str]]
 
 
@@ -90,7 +92,8 @@ class File:
 
 
 def writers(files: list[File]) -> list[dict[Writer, int]]:
-    """Who but us has each of the files open for writing, and with how many descriptors.
+    """Who but us has each of the files open for writing: with how many descriptors, and whether
+    mapped (one more).
 
     Not counted are this process and its descendants: what they have, they have from us.
     """
@@ -104,6 +107,18 @@ def writers(files: list[File]) -> list[dict[Writer, int]]:
                 writer = _writer(pid)
                 if writer is not None:
                     those[writer] = those.get(writer, 0) + 1
+    # After the descriptors: who maps a file has it open until then.
+    mapped: set[tuple[int, int]] = set()
+    for pid, place, inode, where, path in _mapped_for_writing(inodes):
+        for number, file in enumerate(files):
+            if (file.inode, file.file_system) != (inode, place) or _descends(pid):
+                continue
+            # The second takes root, and tells one from the other where a number is there twice.
+            if (number, pid) not in mapped and (path in file.names or file.is_at(where)):
+                mapped.add((number, pid))
+                writer = _writer(pid)
+                if writer is not None:
+                    found[number][writer] = found[number].get(writer, 0) + 1
     return found
 
 
@@ -173,6 +188,55 @@ def _open_for_writing(pid: int, inodes: set[int]) -> Iterator[tuple[str, int, st
                 and int(told["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
             ):
                 yield name, int(told["ino"]), told.get("mnt_id", "")
+
+
+def _mapped_for_writing(inodes: set[int]) -> list[tuple[int, str, int, str, str]]:
+    """(process, file system, inode, entry in map_files, path) of each shared, writable mapping of a
+    file with such an inode: it needs no descriptor any more once it is made.
+
+    The kernel may let us wait for as long as a process is stuck while it changes its memory. Such a
+    one is passed over.
+    """
+    found: list[tuple[int, str, int, str, str]] = []
+    current = [0]
+
+    def look() -> None:
+        for pid in _pids():
+            if pid in _reading:
+                continue
+            current[0] = pid
+            _reading.add(pid)
+            try:
+                found.extend(_mappings(pid, inodes))
+            except (OSError, ValueError, MemoryError):
+                pass  # gone, or not ours to see
+            finally:
+                _reading.discard(pid)
+
+    thread = threading.Thread(target=look, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return []  # As many as may be.
+    while thread.is_alive():
+        before = current[0]
+        thread.join(_PATIENCE)
+        if current[0] == before:
+            break
+    return list(found)
+
+
+def _mappings(pid: int, inodes: set[int]) -> Iterator[tuple[int, str, int, str, str]]:
+    # "7f00-7f10 rw-s 00000000 fe:00 1234    /path", the device in hexadecimal
+    for line in (_PROC / str(pid) / "maps").read_bytes().split(b"\n"):
+        fields = line.split(None, 5)
+        if len(fields) < 6 or fields[1][1:2] != b"w" or fields[1][3:4] != b"s":
+            continue
+        if (inode := int(fields[4])) in inodes:
+            major, minor = (int(part, 16) for part in fields[3].split(b":"))
+            where = f"{_PROC}/{pid}/map_files/{os.fsdecode(fields[0])}"
+            path = os.fsdecode(fields[5]).replace("\\012", "\n")
+            yield pid, f"{major}:{minor}", inode, where, path
 
 
 def _fdinfo(pid: int, name: str) -> dict[str, str] | None:

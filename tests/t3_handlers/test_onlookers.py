@@ -7,12 +7,15 @@ are looked for at the end of this module, and on real mounts in t4_mount/test_ot
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -466,6 +469,57 @@ def test_who_has_it_open_for_writing(tmp_path: Path) -> None:
         for fd in fds:
             os.close(fd)
     assert ask(one, other) == [[], []]
+
+
+def test_a_mapping_needs_no_descriptor(tmp_path: Path) -> None:
+    """Who has mapped it shared and writable is found, though he has closed it; no other mapping."""
+    path = tmp_path / "a\nb"
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    map_it = ctypes.CDLL(None, use_errno=True).mmap
+    map_it.restype = ctypes.c_void_p
+    map_it.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+    @contextmanager
+    def mapped(protection: int, flags: int) -> Iterator[None]:
+        fd = os.open(path, os.O_RDWR)
+        address = map_it(None, mmap.PAGESIZE, protection, flags, fd, 0)
+        os.close(fd)
+        assert address not in (None, ctypes.c_void_p(-1).value)
+        yield
+        ctypes.CDLL(None).munmap(ctypes.c_void_p(address), mmap.PAGESIZE)
+
+    with mapped(mmap.PROT_READ, mmap.MAP_SHARED), mapped(mmap.PROT_WRITE, mmap.MAP_PRIVATE):
+        assert ask(path) == [[]]
+        with mapped(mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED):
+            ((found,),) = ask(path)
+            assert (found[0], found[3]) == (os.getpid(), 1)
+        assert ask(path) == [[]]
+
+
+def test_a_process_whose_memory_cannot_be_looked_at_holds_up_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is passed over, and not asked again as long as it is stuck; all others are asked."""
+    asked: list[int] = []
+    free = threading.Event()
+
+    def mappings(pid: int, _inodes: set[int]) -> Iterator[tuple[int, str, int, str, str]]:
+        asked.append(pid)
+        if pid == 2:
+            free.wait(SECONDS)
+        yield pid, "8:1", 7, "", ""
+
+    monkeypatch.setattr(openers, "_PATIENCE", 0.1)
+    monkeypatch.setattr(openers, "_pids", lambda: [1, 2, 3])
+    monkeypatch.setattr(openers, "_mappings", mappings)
+    try:
+        openers._mapped_for_writing({7})
+        until(lambda: 2 in asked)
+        until(lambda: [pid for pid, *_ in openers._mapped_for_writing({7})] == [1, 3])
+        assert asked.count(2) == 1
+    finally:
+        free.set()
+    until(lambda: not openers._reading)
 
 
 def test_the_asking_process_and_its_children_are_not_found(tmp_path: Path) -> None:
