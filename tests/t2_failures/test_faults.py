@@ -570,6 +570,27 @@ def test_handles_from_before_a_fault_stay_dead() -> None:
     scene.exact()
 
 
+@pytest.mark.parametrize("buffer", [0, 1 << 16], ids=["no buffer", "buffer"])
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_copies_after_a_failed_sync_are_on_the_disk(policy: str, buffer: int) -> None:
+    """W2: what is preserved in slots whose first sync has failed outlives a power failure, though
+    the host takes their pages for written from then on (ext4).
+    """
+    scene = Scene(on_full=policy, buffer=buffer)
+    scene.rig.host.fail("area", "sync", errno.EIO)
+    scene.write(6 * BLOCK, 3 * BLOCK)
+    scene.flush()
+    if policy == "offline":
+        assert scene.online() is None
+    else:
+        scene.points.clear()
+        scene.run(scene.create)
+    assert scene.write(0, SIZE) is None
+    assert scene.flush() is None
+    scene.rig.crashed()
+    scene.exact()
+
+
 # --- the replica's sync --------------------------------------------------------------------------
 
 
