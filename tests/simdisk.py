@@ -140,6 +140,8 @@ class SimFile:
     written: set[int] = field(default_factory=set)
     #: Pages that no write reaches the disk from before `forget_cache`.
     stuck: set[int] = field(default_factory=set)
+    #: Those of them that have been written since, and not been synced: they stay in the cache.
+    stuck_dirty: set[int] = field(default_factory=set)
     ctime: int = 0
     locked: bool = False
     is_device: bool = False
@@ -334,6 +336,7 @@ class Host:
                 space=set(file.space),
                 written=set(file.written),
                 stuck=set(),
+                stuck_dirty=set(),
                 locked=False,
             )
             for name, file in self.files.items()
@@ -555,7 +558,9 @@ class SimBacking:
         stuck = self.file.stuck
         if not stuck:
             return [(start, end)]
-        pages = [page for page in range(start // PAGE, -(-end // PAGE)) if page not in stuck]
+        touched = range(start // PAGE, -(-end // PAGE))
+        self.file.stuck_dirty.update(stuck.intersection(touched))
+        pages = [page for page in touched if page not in stuck]
         return [(max(start, page * PAGE), min(end, page * PAGE + PAGE)) for page in pages]
 
     def _take_space(self, offset: int, length: int) -> None:
@@ -578,11 +583,13 @@ class SimBacking:
                     pages = range(start // PAGE, -(-(start + len(data or b"")) // PAGE))
                     file.stuck.update(page for page in pages if page not in file.disk.pages)
             file.journal = [change for change in file.journal if change.data is None]
+            file.stuck_dirty.clear()
             self.host.changed()
             raise
         for change in file.journal:
             change.apply(file.disk)
         file.journal = []
+        file.stuck_dirty.clear()
         self.host.changed()
 
     def allocate(self, offset: int, length: int) -> None:
@@ -607,6 +614,8 @@ class SimBacking:
         if size < file.cache.size:
             file.space = {unit for unit in file.space if unit < count}
             file.written = {unit for unit in file.written if unit < count}
+            file.stuck = {page for page in file.stuck if page < count}
+            file.stuck_dirty &= file.stuck
         file.cache.resize(size)
         file.journal.append(Change(size, None))
         file.ctime = self.host.now()
@@ -646,8 +655,10 @@ class SimBacking:
         cache = self.file.disk.copy()
         for change in self.file.journal:
             change.apply(cache)
+        for page in self.file.stuck_dirty:
+            cache.pages[page] = self.file.cache.pages[page]
         self.file.cache = cache
-        self.file.stuck.clear()
+        self.file.stuck &= self.file.stuck_dirty
 
     def reopen(self) -> None:
         self.check_present()
