@@ -602,6 +602,27 @@ def test_copies_after_a_failed_sync_are_on_the_disk(policy: str, buffer: int) ->
     scene.exact()
 
 
+def test_new_copies_after_a_failed_sync_outlive_a_clean_close() -> None:
+    """Durability "process": slots of suspect points that were deleted are as good as any others."""
+    scene = Scene(durability="process")
+
+    async def use(volume: Volume) -> None:
+        await write(volume, 6 * BLOCK, pattern(4, 3 * BLOCK))
+        scene.rig.host.fail("area", "sync", errno.EIO)
+        assert await attempt(volume.delete_point(1)) is not None
+        await volume.online()
+        for number in (1, 2):
+            await volume.delete_point(number)
+        scene.points.clear()
+        await scene.create(volume)
+        await write(volume, 0, pattern(5, SIZE))
+
+    scene.run(use)
+    scene.rig.close()
+    scene.rig.crashed()
+    scene.exact()
+
+
 # --- the replica's sync --------------------------------------------------------------------------
 
 
