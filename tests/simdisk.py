@@ -8,7 +8,8 @@ capacity that they share; `SimBacking` is an open file and takes the place of `F
   (`kill`). Changes of the file's size reach the disk in their order, as a journaling file system
   sees to it, but as late as it likes.
 * A sync that fails loses what it should have written, as Linux does: readers still see it until
-  `forget_cache`, no later sync writes it.
+  `forget_cache`, no later sync writes it. Pages that the disk never had are lost to later writes,
+  too, until then, as ext4 does in space that was reserved: `SimFile.stuck`.
 * `fail` lets chosen operations fail, `stop_at` ends the machine before an operation, and `hooks`
   are called before an operation (to make it slow, or to look at what is going on meanwhile).
 
@@ -137,6 +138,10 @@ class SimFile:
     #: 4 KiB units that have space on the host, and those of them that were ever written.
     space: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    #: Pages that no write reaches the disk from before `forget_cache`.
+    stuck: set[int] = field(default_factory=set)
+    #: Those of them that have been written since, and not been synced: they stay in the cache.
+    stuck_dirty: set[int] = field(default_factory=set)
     ctime: int = 0
     locked: bool = False
     is_device: bool = False
@@ -330,6 +335,8 @@ class Host:
                 journal=[],
                 space=set(file.space),
                 written=set(file.written),
+                stuck=set(),
+                stuck_dirty=set(),
                 locked=False,
             )
             for name, file in self.files.items()
@@ -541,10 +548,20 @@ class SimBacking:
         # The disk gets whole sectors, as they are in the cache now.
         start, end = offset - offset % SECTOR, offset + len(content)
         end = min(end + -end % SECTOR, file.cache.size)
-        file.journal.append(Change(start, file.cache.read(start, end - start)))
+        for begin, stop in self._reachable(start, end):
+            file.journal.append(Change(begin, file.cache.read(begin, stop - begin)))
         file.written.update(range(offset // PAGE, -(-(offset + len(content)) // PAGE)))
         file.ctime = self.host.now()
         self.host.changed(self.name)
+
+    def _reachable(self, start: int, end: int) -> list[tuple[int, int]]:
+        stuck = self.file.stuck
+        if not stuck:
+            return [(start, end)]
+        touched = range(start // PAGE, -(-end // PAGE))
+        self.file.stuck_dirty.update(stuck.intersection(touched))
+        pages = [page for page in touched if page not in stuck]
+        return [(max(start, page * PAGE), min(end, page * PAGE + PAGE)) for page in pages]
 
     def _take_space(self, offset: int, length: int) -> None:
         if self.is_device:
@@ -561,12 +578,18 @@ class SimBacking:
             self.host.step(self, "sync")
         except OSError:
             # The pages are marked clean all the same: no later sync writes them.
+            if not self.is_device:
+                for start, data in file.journal:
+                    pages = range(start // PAGE, -(-(start + len(data or b"")) // PAGE))
+                    file.stuck.update(page for page in pages if page not in file.disk.pages)
             file.journal = [change for change in file.journal if change.data is None]
+            file.stuck_dirty.clear()
             self.host.changed()
             raise
         for change in file.journal:
             change.apply(file.disk)
         file.journal = []
+        file.stuck_dirty.clear()
         self.host.changed()
 
     def allocate(self, offset: int, length: int) -> None:
@@ -591,6 +614,8 @@ class SimBacking:
         if size < file.cache.size:
             file.space = {unit for unit in file.space if unit < count}
             file.written = {unit for unit in file.written if unit < count}
+            file.stuck = {page for page in file.stuck if page < count}
+            file.stuck_dirty &= file.stuck
         file.cache.resize(size)
         file.journal.append(Change(size, None))
         file.ctime = self.host.now()
@@ -630,7 +655,10 @@ class SimBacking:
         cache = self.file.disk.copy()
         for change in self.file.journal:
             change.apply(cache)
+        for page in self.file.stuck_dirty:
+            cache.pages[page] = self.file.cache.pages[page]
         self.file.cache = cache
+        self.file.stuck &= self.file.stuck_dirty
 
     def reopen(self) -> None:
         self.check_present()

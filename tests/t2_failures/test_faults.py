@@ -12,7 +12,18 @@ import pytest
 from damage import cut
 from failing import nothing_kept
 from filefuzz import poke
-from rig import BLOCK, SMALLEST, attempt, flush, pattern, read_points, small_steps, write
+from rig import (
+    BLOCK,
+    SMALLEST,
+    Rig,
+    attempt,
+    flush,
+    pattern,
+    read_points,
+    read_replica,
+    small_steps,
+    write,
+)
 from scene import SIZE, Scene
 from simdisk import FOREVER, PAGE, SimBacking
 
@@ -570,6 +581,48 @@ def test_handles_from_before_a_fault_stay_dead() -> None:
     scene.exact()
 
 
+@pytest.mark.parametrize("buffer", [0, 1 << 16], ids=["no buffer", "buffer"])
+@pytest.mark.parametrize("policy", ["offline", "evict"])
+def test_copies_after_a_failed_sync_are_on_the_disk(policy: str, buffer: int) -> None:
+    """W2: what is preserved in slots whose first sync has failed outlives a power failure, though
+    the host takes their pages for written from then on (ext4).
+    """
+    scene = Scene(on_full=policy, buffer=buffer)
+    scene.rig.host.fail("area", "sync", errno.EIO)
+    scene.write(6 * BLOCK, 3 * BLOCK)
+    scene.flush()
+    if policy == "offline":
+        assert scene.online() is None
+    else:
+        scene.points.clear()
+        scene.run(scene.create)
+    assert scene.write(0, SIZE) is None
+    assert scene.flush() is None
+    scene.rig.crashed()
+    scene.exact()
+
+
+def test_new_copies_after_a_failed_sync_outlive_a_clean_close() -> None:
+    """Durability "process": slots of suspect points that were deleted are as good as any others."""
+    scene = Scene(durability="process")
+
+    async def use(volume: Volume) -> None:
+        await write(volume, 6 * BLOCK, pattern(4, 3 * BLOCK))
+        scene.rig.host.fail("area", "sync", errno.EIO)
+        assert await attempt(volume.delete_point(1)) is not None
+        await volume.online()
+        for number in (1, 2):
+            await volume.delete_point(number)
+        scene.points.clear()
+        await scene.create(volume)
+        await write(volume, 0, pattern(5, SIZE))
+
+    scene.run(use)
+    scene.rig.close()
+    scene.rig.crashed()
+    scene.exact()
+
+
 # --- the replica's sync --------------------------------------------------------------------------
 
 
@@ -593,6 +646,28 @@ def test_a_failed_sync_of_the_replica_is_fault_13_and_never_retried_into_success
     assert scene.online() is None
     assert scene.flush() is None
     scene.works()
+
+
+def test_what_was_written_beside_a_failed_sync_is_not_kept_by_the_cache() -> None:
+    """W4: a page that was written once more while its first sync failed is not taken for written
+    after `online` (as ext4 would do as long as it stays in the cache).
+    """
+    rig = Rig(size=8 * BLOCK)
+    new = pattern(5, BLOCK)
+
+    async def use(volume: Volume) -> None:
+        await write(volume, BLOCK, pattern(3, BLOCK))
+        rig.host.fail("replica", "sync", errno.EIO)
+        assert isinstance(await attempt(flush(volume)), OSError)
+        # The loop goes on while a thread waits for the sync: a write that came in between.
+        volume.core.replica.write(BLOCK, pattern(4, BLOCK))
+        await volume.online()
+        await write(volume, BLOCK, new)
+        await flush(volume)
+
+    rig.run(use)
+    rig.crashed()
+    assert rig.run(read_replica)[BLOCK : 2 * BLOCK] == new
 
 
 @pytest.mark.parametrize("reopened", [False, True], ids=["same process", "next process"])

@@ -408,6 +408,10 @@ class AreaStore:
         older, complete one to a recovery that finds only some of the sectors put back.
         """
         self._sync_failed = False
+        # ext4 takes a page whose first write into reserved space has failed for one that was
+        # written: the next write of it would be synced and yet be zeros once the cache is dropped.
+        # Read anew, it is what it is. (So are copies that only the cache has; all are suspect.)
+        self.backing.forget_cache()
         suspects = self._suspects
         if suspects:
             number = self.barrier_number + 1

@@ -730,6 +730,10 @@ class Volume:
     def reopen_replica(self) -> None:
         """After a failed sync: open it anew and forget what was lost. OSError, BusyError."""
         core = self.core
+        # What was written beside that sync. Dirty pages stay in the cache, and ext4 may have taken
+        # them for written (`AreaStore.rollback`).
+        with suppress(OSError):
+            core.replica.sync()
         with self.onlookers.reopening(core.replica):
             core.replica.reopen()
         # The host may still show what a failed sync has lost. Only what is on the disk counts.
