@@ -145,7 +145,7 @@ def _remove(directory: Path) -> None:
                 _kill(int(pid))
     _remove_write_buffers(directory)
     # A process that is just ending may still write there.
-    wait_for(lambda: _is_deleted(directory), 5)
+    wait_for(lambda: _is_deleted(directory), 60)
 
 
 def _remove_write_buffers(directory: Path) -> None:
