@@ -249,7 +249,9 @@ class _Scan:
         area, report = self.area, self.report
         if report.unclean:
             # What a failed sync of the replica lost, its cache may still show. A point that fell
-            # through to that would change with the next power failure.
+            # through to that would change with the next power failure. Synced before, since a dirty
+            # page would stay, and ext4 may take it for written (`AreaStore.rollback`).
+            self._sync_replica()
             self.replica.forget_cache()
         if self.end < self.superblock.allocated:
             report.problems.append(
