@@ -18,6 +18,7 @@ from rig import (
     BLOCK,
     SMALLEST,
     Rig,
+    attempt,
     flush,
     pattern,
     read_point,
@@ -29,7 +30,7 @@ from scene import BLOCKS, SIZE, Scene
 from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER
 
-from vsnapfs.diffarea.layout import SUPERBLOCK_OFFSETS
+from vsnapfs.diffarea.layout import SLOTS_PER_GROUP, SUPERBLOCK_OFFSETS, Layout
 from vsnapfs.errors import VsnapError
 from vsnapfs.patience import Patience
 from vsnapfs.volume import Volume
@@ -461,6 +462,34 @@ def test_a_restore_that_waits_for_room_is_refused_when_the_volume_goes_offline(h
     assert scene.ids().count(24) <= 1
     scene.rig.host.failures.clear()
     scene.exact()
+
+
+@pytest.mark.parametrize("policy", ["evict", "offline"])
+def test_a_step_across_the_end_of_a_group_is_not_tried_for_ever(policy: str) -> None:
+    """Half of it, rounded to where an area can end, may be all of it: then less is tried."""
+    group = Layout(BLOCK).size_of(SLOTS_PER_GROUP)
+    with mock.patch("vsnapfs.diffarea.area._MIN_STEP", group - 10 * BLOCK):
+        scene = Scene(on_full=policy, maximum=3 * group)
+        host = scene.rig.host
+
+        async def main(volume: Volume) -> None:
+            slots = volume.core.need_area().slots
+            assert len(slots) == SLOTS_PER_GROUP - 10
+            taken = slots.reserve(slots.free)
+            assert taken is not None
+            volume.room.promised.update(taken)
+            host.fail("area", "allocate", errno.ENOSPC, times=100)
+            error = await attempt(write(volume, 6 * BLOCK, b"new"))
+            assert (error is None) == (policy == "evict")
+            assert host.counts["area", "allocate"] < 30
+            host.failures.clear()
+            volume.room.promised.clear()
+            slots.release(taken)
+
+        scene.run(main)
+    assert scene.ids() == [35 if policy == "evict" else 89]
+    if policy == "offline":
+        scene.works()
 
 
 # --- told ----------------------------------------------------------------------------------------

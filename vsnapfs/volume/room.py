@@ -331,8 +331,10 @@ class Room:
             except FaultError as error:
                 if error.code is not FaultCode.GROW_FAILED or target <= least:
                     raise
-                # The host is short of space: take what a smaller step still gets.
-                target = max(least, area.layout.valid_slots((len(area.slots) + target) // 2))
+                # The host is short of space: take what a smaller step still gets. Rounded down, or
+                # across the end of a group it would be the same step again, for ever.
+                sizes = area.layout.size_of(len(area.slots)), area.layout.size_of(target)
+                target = max(least, area.layout.slots_in(sum(sizes) // 2))
                 continue
             async with core.area_lock:
                 # Another sync may have failed while this waited (a repair's). What is prepared is
