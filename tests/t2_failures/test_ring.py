@@ -1340,9 +1340,11 @@ def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "
     async def go(volume: Volume) -> None:
         await write_at(volume, 0, NEW * 3)
         await flush(volume)
-        if how != "opening":
+        if how == "the whole disk":  # The state file's writes fail, too, and reach the cache only.
+            rig.host.fail(None, "sync", errno.EIO, times=FOREVER)
+        elif how != "opening":
             rig.host.fail("area", "sync", errno.EIO)
-        if how == "deletion":
+        if how in ("deletion", "the whole disk"):
             assert await attempt(volume.delete_point(1)) is not None
         elif how == "resize":
             assert await attempt(volume.resize(SMALLEST + 99 * BLOCK)) is not None
@@ -1351,7 +1353,7 @@ def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "
                 await volume.room.grow_to_hold(40)
         if how != "closing":
             rig.host.failures.clear()
-        if not volume.protection.is_online:
+        if not volume.protection.is_online and how != "the whole disk":
             await volume.online()
         if then == "close":
             await volume.close()
@@ -1376,6 +1378,7 @@ async def _nothing(_volume: Volume) -> None:
     [
         ("deletion", "kill"),
         ("deletion", "close"),
+        ("the whole disk", "kill"),
         ("resize", "kill"),
         ("resize", "close"),
         ("growth", "kill"),
