@@ -982,6 +982,36 @@ def test_a_ring_that_is_removed_is_replaced(*, idle: bool) -> None:
     assert lost(rig) == 0
 
 
+def test_a_ring_that_is_removed_as_soon_as_it_is_made_is_not_made_for_ever() -> None:
+    """The volume does without, says so, and a kill has nothing to miss."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        store = volume.buffer._store
+        assert store is not None
+        make, count = store.make, 0
+
+        def removed(*args: Any) -> Ring:
+            nonlocal count
+            count += 1
+            assert count < 10
+            ring = make(*args)
+            rig.host.memory.clear()
+            return ring
+
+        store.make = removed  # type: ignore[method-assign]
+        await write_at(volume, 0, NEW)
+        await write_at(volume, BLOCK, NEW)
+        assert volume.status()["write_buffer"]["state"] == "off"
+
+    rig.run(go)
+    rig.killed()
+    assert rig.log.ids("vsnapfs").count(1053) == 1
+    assert rig.log.ids("vsnapfs").count(1091) == 1
+    assert content(rig) == NEW + NEW + OLD[2 * BLOCK :]
+    assert lost(rig) == 0
+
+
 def test_a_write_waits_while_a_ring_that_was_removed_is_emptied() -> None:
     """It may touch what the old one still holds: the order of the two stays."""
     rig = made()
@@ -1340,9 +1370,11 @@ def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "
     async def go(volume: Volume) -> None:
         await write_at(volume, 0, NEW * 3)
         await flush(volume)
-        if how != "opening":
+        if how == "the whole disk":  # The state file's writes fail, too, and reach the cache only.
+            rig.host.fail(None, "sync", errno.EIO, times=FOREVER)
+        elif how != "opening":
             rig.host.fail("area", "sync", errno.EIO)
-        if how == "deletion":
+        if how in ("deletion", "the whole disk"):
             assert await attempt(volume.delete_point(1)) is not None
         elif how == "resize":
             assert await attempt(volume.resize(SMALLEST + 99 * BLOCK)) is not None
@@ -1351,7 +1383,7 @@ def _spoilt(how: str, *, buffer: int, durability: str = "process", then: str = "
                 await volume.room.grow_to_hold(40)
         if how != "closing":
             rig.host.failures.clear()
-        if not volume.protection.is_online:
+        if not volume.protection.is_online and how != "the whole disk":
             await volume.online()
         if then == "close":
             await volume.close()
@@ -1376,6 +1408,7 @@ async def _nothing(_volume: Volume) -> None:
     [
         ("deletion", "kill"),
         ("deletion", "close"),
+        ("the whole disk", "kill"),
         ("resize", "kill"),
         ("resize", "close"),
         ("growth", "kill"),

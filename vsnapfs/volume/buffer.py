@@ -77,6 +77,8 @@ class WriteBuffer:
         self._retired = False
         #: Whether it is ours for good: until then it must stay as the one before has left it.
         self._is_taken = False
+        #: It was made here, and no write has ever been in it.
+        self._is_unused = False
         #: Name and barrier of the ring that `close` has left for the next opening. Whoever commits
         #: beside the end of a volume (`online` does) must go on naming it.
         self._left, self._is_over = (NO_RING, 0), False
@@ -151,6 +153,9 @@ class WriteBuffer:
             await self.drain()
             # Nobody can add to it meanwhile: it is empty, and stays so.
             old, replica = self.ring, core.replica.file_id()
+            if old is not None and self._is_unused:
+                await self._do_without(old)
+                return
             try:
                 await in_thread(store.tidy, core.volume_id, replica)
                 ring = await in_thread(store.make, self._size, core.volume_id, replica)
@@ -172,10 +177,21 @@ class WriteBuffer:
             if self._ended or core.area is not area:
                 ring.close()
                 return
-            self.ring, self._retired, self._is_taken = ring, False, True
+            self.ring, self._retired, self._is_taken, self._is_unused = ring, False, True, True
             if old is not None:
                 await in_thread(store.remove, old)
                 old.close()
+
+    async def _do_without(self, ring: Ring) -> None:
+        """One is gone before it has held anything. The next one would be, too, without end."""
+        core = self._core
+        async with core.area_lock:
+            await core.commit(ring=NO_RING)  # A kill loses nothing with it.
+            self.ring = None
+        with suppress(OSError, MemoryError):
+            await in_thread(self._protection.save)
+        ring.close()
+        self._give_up("it is removed from shared memory as soon as it is made")
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -370,6 +386,7 @@ class WriteBuffer:
         except BaseException:
             ring.take_back(record)
             raise
+        self._is_unused = False
         self._arrived.set()
         return True
 

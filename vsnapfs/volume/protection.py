@@ -354,7 +354,10 @@ class Protection:
                 generation=area.superblock.generation,
                 ring=area.superblock.ring,
                 boot=area.superblock.boot,
-                spoilt=state.spoilt if area.spoilt or state.spoilt > area.superblock.suspect else 0,
+                # Also what an earlier write of it, which failed, should have said.
+                spoilt=max(state.spoilt, area.spoilt)
+                if area.spoilt or state.spoilt > area.superblock.suspect
+                else 0,
             )
         with self._core.admin.waits_for("a write to the state file"):
             file = self._core.state_file
