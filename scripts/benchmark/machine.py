@@ -43,21 +43,22 @@ def run(
     """What a command that has to succeed writes to stdout. BenchError with its stderr otherwise.
 
     work: given for a command that would go on for long if this process were killed; it is noted
-    there as `started` does. servers: processes (started here) that the command waits on in the
-    kernel, where no signal reaches it. If it does not end in time, they are killed, which frees it.
+    there as `started` does, and the kernel ends it with us, should that come before it is noted.
+    servers: processes (started here) that the command waits on in the kernel, where no signal
+    reaches it. If it does not end in time, they are killed, which frees it.
     """
     name = os.fspath(command[0])
-    try:
-        process = subprocess.Popen(
-            [os.fspath(word) for word in command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-    except FileNotFoundError:
-        raise BenchError(f"{name} is not installed") from None
+    if shutil.which(name) is None:
+        raise BenchError(f"{name} is not installed")
+    with_us = ("setpriv", "--pdeathsig", "KILL") if work is not None else ()
+    process = subprocess.Popen(
+        [*with_us, *map(os.fspath, command)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     if work is not None:
         _note(work, process.pid)
     try:
