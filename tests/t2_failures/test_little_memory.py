@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from unittest import mock
 
 import pytest
 import trio
+from trio._core._wakeup_socketpair import WakeupSocketpair
 
 from vsnapfs import threads
 from vsnapfs.daemon.process import run_trio
@@ -163,6 +165,31 @@ def test_no_memory_for_trio_itself_is_no_memory() -> None:
 
     with pytest.raises(MemoryError):
         run_trio(main)
+
+
+@pytest.mark.expects_log
+def test_a_process_that_hears_of_no_thread_any_more_ends() -> None:
+    """Without memory trio cannot take what a thread says: nobody waits for that for ever."""
+    codes = []
+
+    async def main() -> None:
+        ended = trio.Event()
+
+        def end(code: int) -> None:
+            codes.append(code)
+            ended.set()
+
+        with (
+            mock.patch.object(WakeupSocketpair, "drain", side_effect=MemoryError),
+            mock.patch.object(os, "_exit", end),
+            trio.CancelScope(deadline=trio.current_time() + 30, shield=True),  # as for a thread
+        ):
+            trio.lowlevel.current_trio_token().run_sync_soon(lambda: None)
+            await ended.wait()
+
+    with pytest.raises(MemoryError):
+        run_trio(main)
+    assert codes == [1]
 
 
 def test_a_defect_of_trio_stays_one() -> None:

@@ -30,6 +30,10 @@ _PR_SET_IO_FLUSHER = 57
 # Far enough down that others are killed first, not so far that nothing could free a machine on
 # which this process itself is what eats the memory.
 _OOM_SCORE = -500
+# trio hears of what a thread says in the second.
+_TURNS = 100
+
+_logger = logging.getLogger("vsnapfs.daemon")
 
 
 def prepare() -> None:
@@ -116,10 +120,21 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
 
     Strict groups on every trio version, so that both the oldest and the newest we support behave
     the same here. MemoryError, too, if it was trio itself that found no memory: it calls anything
-    that hits its own tasks an error of its own.
+    that hits its own tasks an error of its own. If that was the one that hears of threads, the
+    process ends at once, as by a kill: what waits for a thread would wait for ever.
     """
+    is_over = False
+
+    async def main() -> T:
+        nonlocal is_over
+        trio.lowlevel.spawn_system_task(_end_without_threads, lambda: is_over)
+        try:
+            return await function()
+        finally:
+            is_over = True
+
     try:
-        result: T = trio.run(function, strict_exception_groups=True)
+        result: T = trio.run(main, strict_exception_groups=True)
     except BaseExceptionGroup as group:
         raise leading(group) from group
     except trio.TrioInternalError as error:
@@ -129,6 +144,27 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
             raise MemoryError from error
         raise
     return result
+
+
+async def _end_without_threads(is_over: Callable[[], bool]) -> None:
+    """End this process if trio is ending, `is_over` is not, and threads are not heard any more."""
+    try:
+        await trio.sleep_forever()
+    except trio.Cancelled:
+        if not is_over() and not await _threads_are_heard():
+            _logger.critical("trio has failed, most likely for lack of memory: ending as if killed")
+            os._exit(1)
+        raise
+
+
+async def _threads_are_heard() -> bool:
+    heard: list[None] = []
+    trio.lowlevel.current_trio_token().run_sync_soon(heard.append, None)
+    with trio.CancelScope(shield=True):
+        # In turns, not seconds: the host may have held up the loop for any time.
+        for _ in range(_TURNS):
+            await trio.lowlevel.checkpoint()
+    return bool(heard)
 
 
 def leading(exc: BaseException) -> BaseException:
