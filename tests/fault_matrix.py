@@ -60,7 +60,7 @@ FAULTS = (
         OPEN + "test_a_truncated_diff_area"),
     Row(3, "both copies of a descriptor sector are bad", AT_OPEN, 82,
         "what surely does not depend on the sector; the rest is EIO",
-        "export what is left, give up the points",
+        "mount it again if its disk did not answer; else export what is left, give up the points",
         HERE + "test_both_copies_of_a_descriptor_sector_are_bad"),
     Row(4, "no memory while a copy is made", ENODEV, 83, ALL, "`online`",
         HERE + "test_an_exception_in_the_copy_path[no memory]", injected=True),

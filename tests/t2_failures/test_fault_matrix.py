@@ -273,6 +273,34 @@ def test_both_copies_of_a_descriptor_sector_are_bad() -> None:
     story.rig.run(no_way)
 
 
+def test_descriptor_sectors_that_could_not_be_read_for_a_while() -> None:
+    """Fault 3 as well. They are there once it is opened anew, which comes before giving up."""
+    story = Story()
+    story.rig.close()
+    table = Layout(BLOCK).sector_offsets(0)[0]
+
+    def lost(backing: SimBacking, operation: str, offset: int, _length: int) -> None:
+        if backing.name == "area" and operation == "read" and offset >= table:
+            raise OSError(errno.EIO, "the disk does not answer")
+
+    async def answers_again(volume: Volume) -> None:
+        assert volume.protection.fault is not None
+        assert volume.protection.fault.code == 3
+        story.rig.host.hooks.clear()
+        with pytest.raises(VsnapError) as caught:
+            await volume.online()
+        assert caught.value.hint.startswith("Unmount the volume and mount it again")
+
+    async def online(volume: Volume) -> None:
+        await volume.online()
+        assert await read_points(volume) == story.points
+
+    story.rig.host.hooks.append(lost)
+    story.rig.run(answers_again)
+    story.rig.close()
+    story.rig.run(online)
+
+
 def test_a_diff_area_that_was_cut_off() -> None:
     """Fault 3 (event 82) by truncation: what was cut off is EIO, the rest of the points exact."""
     story = Story()

@@ -758,7 +758,11 @@ class Volume:
             hint = f"Mend its disk, then unmount the volume and mount it again. If not, {give_up}."
         elif area.damaged_sectors:
             reason = "its diff area is damaged beyond repair, new copies could hide old ones"
-            hint = f"Export the recovery points you need ('vsnapfs verify'); then {give_up}."
+            # Sectors that could not be read count as bad, too, until the next opening.
+            hint = (
+                "Unmount the volume and mount it again, in case its disk did not answer. If that "
+                f"does not help, export the points you need ('vsnapfs verify'); then {give_up}."
+            )
         elif core.area_is_stale:
             reason = "somebody else has written to its diff area"
             hint = f"Unmount and mount it again to read it anew, verify. If it is lost, {give_up}."
