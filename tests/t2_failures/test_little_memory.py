@@ -5,6 +5,7 @@ What can be done without the index is done, and with the memory all is as it was
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import json
 import os
@@ -190,6 +191,28 @@ def test_a_process_that_hears_of_no_thread_any_more_ends() -> None:
     with pytest.raises(MemoryError):
         run_trio(main)
     assert codes == [1]
+
+
+def test_a_thread_that_cannot_begin_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody waits for ever for what a thread was to do that had no memory to begin."""
+    codes: list[int] = []
+
+    def begin() -> None:
+        raise MemoryError  # as `threading` does, whose first function is called in the same way
+
+    async def main() -> None:
+        _thread.start_new_thread(begin, ())
+        with trio.move_on_after(30):
+            while not codes:  # noqa: ASYNC110 - no thread can set an event of trio's
+                await trio.sleep(0.001)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run_trio(main)
+    assert codes == [1]
+    assert "in thread started by" in capfd.readouterr().err
 
 
 def test_a_defect_of_trio_stays_one() -> None:

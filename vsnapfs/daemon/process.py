@@ -15,6 +15,7 @@ import resource
 import stat
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,8 +121,9 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
 
     Strict groups on every trio version, so that both the oldest and the newest we support behave
     the same here. MemoryError, too, if it was trio itself that found no memory: it calls anything
-    that hits its own tasks an error of its own. If that was the one that hears of threads, the
-    process ends at once, as by a kill: what waits for a thread would wait for ever.
+    that hits its own tasks an error of its own. If that was the one that hears of threads,
+    or a thread had no memory to begin, the process ends at once, as by a kill: what waits for a
+    thread would wait for ever.
     """
     is_over = False
 
@@ -133,6 +135,8 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
         finally:
             is_over = True
 
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_end_without_a_thread, hook)
     try:
         result: T = trio.run(main, strict_exception_groups=True)
     except BaseExceptionGroup as group:
@@ -143,7 +147,21 @@ def run_trio(function: Callable[[], Awaitable[T]]) -> T:
         ):
             raise MemoryError from error
         raise
+    finally:
+        sys.unraisablehook = hook
     return result
+
+
+def _end_without_a_thread(
+    otherwise: Callable[[sys.UnraisableHookArgs], object], what: sys.UnraisableHookArgs
+) -> None:
+    """sys.unraisablehook: end this process if what failed is the beginning of a thread."""
+    try:
+        otherwise(what)
+    finally:
+        # What the thread's own function raises does not come here.
+        if (what.err_msg or "").startswith("Exception ignored in thread started by"):
+            os._exit(1)
 
 
 async def _end_without_threads(is_over: Callable[[], bool]) -> None:
