@@ -88,3 +88,24 @@ def test_a_save_that_failed_is_followed_by_one_that_begins_where_it_ended(
             assert _load(snapshot.power_failure(how)) in ((0, 1, 2), (1, 2))[nth - 1], words
     assert file.incomplete is None
     assert _load(host.power_failure()) == 2
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3])
+def test_a_new_file_whose_first_writes_were_refused_holds_later_states(refused: int) -> None:
+    """ext4 takes a page of reserved space that could not be written for written as long as it stays
+    in the cache: what is saved there later must be on the disk all the same.
+    """
+    host = Host()
+    host.create("state")
+    backing = host.open("state")
+    backing.allocate(0, STATE_SIZE)
+    backing.write(0, bytes(STATE_SIZE))
+    file = StateFile(backing, VOLUME_ID)
+    host.fail("state", "sync", errno.EIO, times=refused)
+    for _ in range(refused):
+        with pytest.raises(OSError):
+            file.save(_state(1))
+    file.save(_state(2))
+    found = StateFile(host.power_failure().open("state"), VOLUME_ID)
+    assert found.load() == _state(2)
+    assert found.check() == []

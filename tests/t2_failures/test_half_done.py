@@ -25,7 +25,9 @@ from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER, Change, Host, PowerLoss, SimBacking
 
 from vsnapfs.backing import Backing, Bytes, FileBacking
+from vsnapfs.diffarea.area import DiffArea
 from vsnapfs.diffarea.layout import SECTOR_SIZE, SUPERBLOCK_OFFSETS
+from vsnapfs.diffarea.recovery import read_superblocks
 from vsnapfs.errors import FaultCode, VsnapError
 from vsnapfs.volume import Volume
 from vsnapfs.volume.create import create_volume
@@ -51,6 +53,71 @@ def on_the_host(rig: Rig) -> Iterator[None]:
         mock.patch("vsnapfs.volume.giveup.sync_directory"),
     ):
         yield
+
+
+# --- making --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [(1,), (2,), (1, 2)])
+def test_a_new_area_that_was_refused_once_is_on_the_disk_at_last(refused: tuple[int]) -> None:
+    """ext4 takes a page of reserved space that could not be written for written as long as it stays
+    in the cache: superblocks that are written there in the next attempt reach the disk.
+    """
+    host = Host()
+    host.create("area")
+    backing = host.open("area")
+    backing.allocate(0, LAYOUT.minimum_size)
+    make = partial(
+        DiffArea.format,
+        backing,
+        volume_id=bytes(16),
+        block_size=LAYOUT.block_size,
+        replica_size=BLOCK,
+        maximum=LAYOUT.minimum_size,
+    )
+    for nth in refused:
+        host.fail("area", "sync", errno.EIO, nth=nth)
+        with pytest.raises(OSError):
+            make()
+    made = make()
+    found, notes, _ = read_superblocks(host.power_failure().open("area"))
+    assert found == [made.superblock] * 2
+    assert notes == []
+
+
+def test_what_an_attempt_to_create_has_left_in_the_cache_is_not_trusted(tmp_path: Path) -> None:
+    """The same for a replica and an area that are there already: their cached pages go first."""
+    names = ["replica.img", "diff-area"]
+    (tmp_path / names[0]).write_bytes(bytes(40_000))
+    (tmp_path / names[1]).touch()
+    forgotten: list[str] = []
+
+    def note(what: str) -> Callable[..., None]:
+        method = getattr(FileBacking, what)
+
+        def noting(self: FileBacking, *args: Any) -> None:
+            forgotten.append(f"{self.path.name} {what}")
+            method(self, *args)
+
+        return noting
+
+    with (
+        mock.patch.object(FileBacking, "forget_cache", note("forget_cache")),
+        mock.patch.object(FileBacking, "write", note("write")),
+    ):
+        (tmp_path / "image").write_bytes(pattern(1, 40_000))
+        create_volume(
+            tmp_path / "vol",
+            size=40_000,
+            diff_area_size=384 << 10,
+            block_size=BLOCK,
+            replica=tmp_path / names[0],
+            diff_area=tmp_path / names[1],
+            from_image=tmp_path / "image",
+            force=True,
+        )
+    for name in names:
+        assert forgotten.index(f"{name} forget_cache") < forgotten.index(f"{name} write")
 
 
 # --- giving up -----------------------------------------------------------------------------------

@@ -110,6 +110,8 @@ class DiffArea(MendableStore):
             ring=ring,
             boot=boot,
         )
+        # Of an attempt that failed, `rollback` says why.
+        backing.forget_cache()
         # An old superblock must not be found while the tables below are only half written, and a
         # file in which there is none must show, after a stop, that it is ours to make anew.
         for offset in SUPERBLOCK_OFFSETS:

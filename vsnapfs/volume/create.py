@@ -320,7 +320,10 @@ def _make(
 
 def _open_or_create(plan: _Plan, path: Path, warnings: list[str]) -> FileBacking:
     if path.exists():
-        return FileBacking.open(path, follow=path.parent != plan.directory)
+        there = FileBacking.open(path, follow=path.parent != plan.directory)
+        # What the disk has refused in an attempt before this may look written (`rollback`).
+        there.forget_cache()
+        return there
     backing = FileBacking.create(path)
     plan.undo.append(path.unlink)
     kind = file_system_type(path)

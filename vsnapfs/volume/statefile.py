@@ -135,6 +135,8 @@ class StateFile:
 
     def _write(self, copy: int, data: bytes) -> None:
         self._first = copy  # Until it is durable it is the doubtful one.
+        # One that the disk has refused may look written already (`AreaStore.rollback`).
+        self.backing.forget_cache()
         self.backing.write(copy * COPY_SIZE, data)
         self.backing.sync()
         # What is in a file without a name the next opening does not find: it is not recorded.
