@@ -838,3 +838,31 @@ def test_both_descriptor_copies_rotted_is_fault_3_and_only_proven_reads() -> Non
     assert isinstance(error, VsnapError)
     assert error.code == "no-way-online"
     assert scene.fault == 3
+
+
+# --- the state file ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["offline by hand", "points given up"])
+def test_a_state_file_that_cannot_be_read_is_not_lost(what: str) -> None:
+    """The volume is not opened: it may be offline, points may not count; nothing else knows it."""
+    scene = Scene(on_full="evict")
+    if what == "offline by hand":
+        scene.run(Volume.go_offline)
+        scene.rig.close()
+    else:
+        scene.rig.host.fail("area", "write", errno.EIO, times=FOREVER)
+        assert scene.write(0, SIZE) is None
+        assert scene.ids() == [14]
+        scene.rig.killed()
+    scene.rig.host.fail("state", "read", errno.EIO, times=2)
+    before = scene.rig.host.files["state"].cache.read(0, PAGE)
+    with pytest.raises(VsnapError) as caught:
+        scene.run(read_points)
+    assert caught.value.code == "no-state"
+    assert scene.rig.host.files["state"].cache.read(0, PAGE) == before
+
+    async def as_it_was(volume: Volume) -> tuple[bool, int]:
+        return volume.protection.is_online, len(volume.points)
+
+    assert scene.run(as_it_was) == ((False, 2) if what == "offline by hand" else (True, 0))

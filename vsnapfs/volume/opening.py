@@ -220,8 +220,19 @@ def open_core(
     if not new_state:
         try:
             saved = state_file.load()
-        except (FormatError, OSError) as error:
+        except FormatError as error:
             state_problem = f"the state file is lost ({error})"
+        except OSError as error:
+            # That is not lost: it would be written anew, and what it says forgotten for good.
+            raise VsnapError(
+                f"volume {name}: its state file {state.path} cannot be read: "
+                f"{error.strerror or error}",
+                hint="It may say that the volume is offline, or which recovery points do not count "
+                "any more. Mend its disk, then try again. If it is lost for good, move it away: "
+                "then the diff area's superblock decides alone.",
+                errno=error.errno or errno.EIO,
+                code="no-state",
+            ) from error
     else:
         state_problem = "the state file was missing"
     if state_problem:
