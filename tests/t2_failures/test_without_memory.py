@@ -39,7 +39,7 @@ from vsnapfs.diffarea.index import Index, RunBuilder
 from vsnapfs.diffarea.slots import SlotMap
 from vsnapfs.diffarea.store import AreaStore
 from vsnapfs.errors import FaultCode, FaultError, VsnapError
-from vsnapfs.volume import Volume
+from vsnapfs.volume import Volume, administration
 from vsnapfs.volume.buffer import WriteBuffer
 from vsnapfs.volume.copying import Copier
 from vsnapfs.volume.opening import Opened
@@ -743,6 +743,33 @@ def test_a_sync_that_ends_anyhow_has_failed() -> None:
         assert core.need_area().needs_rollback
         assert await attempt(flush(volume)) is not None
         assert not volume.protection.is_online
+
+    rig.run(go)
+
+
+@pytest.mark.parametrize("site", ["acquire", "set", "reset"])
+def test_a_turn_that_runs_out_of_memory_is_over(site: str) -> None:
+    """The next administrative operation gets its turn, and nobody is named as under way."""
+    rig = made()
+
+    async def go(volume: Volume) -> None:
+        async def starved() -> None:
+            raise MemoryError  # trio has the lock by then
+
+        if site == "acquire":
+            lacking = mock.patch.object(trio.lowlevel, "cancel_shielded_checkpoint", starved)
+        else:
+            lacking = mock.patch.object(
+                administration, "_mine", mock.Mock(wraps=administration._mine)
+            )
+        with pytest.raises(MemoryError), lacking as mine:
+            if site != "acquire":
+                getattr(mine, site).side_effect = MemoryError
+            async with volume.core.admin.turn("trying"):
+                pass
+        assert volume.core.admin.to_json()["running"] is None
+        with trio.fail_after(30):
+            await volume.create_point()
 
     rig.run(go)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -77,14 +77,21 @@ class Administration:
         self._queue[operation] = None
         try:
             await self._admin_lock.acquire()
+        except BaseException:
+            # It may be ours: trio takes it, then gives way, and memory can run out there.
+            with suppress(RuntimeError):
+                self._admin_lock.release()
+            raise
         finally:
             del self._queue[operation]
-        self._running = operation
-        token = _mine.set(operation)
         try:
-            yield
+            token = _mine.set(operation)
+            self._running = operation
+            try:
+                yield
+            finally:
+                _mine.reset(token)
         finally:
-            _mine.reset(token)
             self._running = None
             self._admin_lock.release()
 
