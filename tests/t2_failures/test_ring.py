@@ -32,6 +32,7 @@ from rig import write as write_at
 from schedules import Doing, Pause, all_stand_still
 from simdisk import FOREVER, PowerLoss, SimBacking, SimFile
 
+from vsnapfs.backing import FileId
 from vsnapfs.diffarea.layout import Layout
 from vsnapfs.diffarea.superblock import RingName
 from vsnapfs.errors import FaultError, FormatError, VsnapError
@@ -1010,6 +1011,27 @@ def test_a_ring_that_is_removed_as_soon_as_it_is_made_is_not_made_for_ever() -> 
     assert rig.log.ids("vsnapfs").count(1091) == 1
     assert content(rig) == NEW + NEW + OLD[2 * BLOCK :]
     assert lost(rig) == 0
+
+
+def test_a_ring_is_not_tried_for_ever_where_the_replica_s_host_has_shut_down() -> None:
+    """Even fstat fails then. The volume does without, and the write is answered."""
+    rig = made()
+    looks = 0
+
+    def shut_down(_backing: SimBacking) -> FileId:
+        nonlocal looks
+        looks += 1
+        assert looks < 10
+        raise OSError(errno.EIO, "shut down")
+
+    async def go(volume: Volume) -> None:
+        with mock.patch.object(SimBacking, "file_id", shut_down):
+            await write_at(volume, 0, NEW)
+        assert volume.status()["write_buffer"]["state"] == "off"
+
+    rig.run(go)
+    assert rig.log.ids("vsnapfs").count(1091) == 1
+    assert content(rig) == NEW + OLD[BLOCK:]
 
 
 def test_a_write_waits_while_a_ring_that_was_removed_is_emptied() -> None:

@@ -152,15 +152,16 @@ class WriteBuffer:
                 return
             await self.drain()
             # Nobody can add to it meanwhile: it is empty, and stays so.
-            old, replica = self.ring, core.replica.file_id()
+            old = self.ring
             if old is not None and self._is_unused:
                 await self._do_without(old)
                 return
             try:
+                replica = core.replica.file_id()  # Fails where its host has shut down.
                 await in_thread(store.tidy, core.volume_id, replica)
                 ring = await in_thread(store.make, self._size, core.volume_id, replica)
             except OSError as error:
-                self._give_up(f"no shared memory for it: {error.strerror or error}")
+                self._give_up(f"it cannot be made in shared memory: {error.strerror or error}")
                 return
             try:
                 async with core.area_lock:

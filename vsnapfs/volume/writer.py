@@ -161,7 +161,10 @@ class Writer:
         except FaultError as error:
             await self._area_failed(error, offset, length)
         except OSError:
-            pass  # What could not be carried out has taken the volume offline.
+            # What could not be carried out has taken the volume offline. Whatever else it may be,
+            # it is not tried again and again.
+            if self._protection.is_online:
+                raise
         if session != self._protection.session or not self._protection.is_online:
             raise await self._protection.refuse()
 
