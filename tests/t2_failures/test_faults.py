@@ -678,6 +678,48 @@ def test_what_was_written_beside_a_failed_sync_is_not_kept_by_the_cache(opened: 
     assert rig.run(read_replica)[BLOCK : 2 * BLOCK] == new
 
 
+@pytest.mark.parametrize("points", [0, 1])
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
+def test_a_failed_sync_is_not_forgotten_with_the_area(points: int, *, killed: bool) -> None:
+    """W4: where policy `evict` has gone on without an area that could not be marked as in use, the
+    next process drops from the cache, too, what a sync of the replica has lost.
+    """
+    rig = Rig(size=8 * BLOCK, on_full="evict")
+    old = pattern(1, 2 * BLOCK)
+
+    async def begin(volume: Volume) -> None:
+        await write(volume, 0, old)
+        await flush(volume)
+        for _ in range(points):
+            await volume.create_point()
+
+    async def fail(volume: Volume) -> None:
+        for operation in ("write", "sync"):
+            rig.host.fail("area", operation, errno.EIO, times=FOREVER)
+        await write(volume, BLOCK, pattern(3, BLOCK))
+        rig.host.fail("replica", "sync", errno.EIO)
+        assert isinstance(await attempt(flush(volume)), OSError)
+
+    async def go_on(volume: Volume) -> bytes:
+        await volume.online()
+        await write(volume, BLOCK, pattern(5, 100))
+        await flush(volume)
+        return await read_replica(volume)
+
+    rig.run(begin)
+    rig.close()
+    rig.run(fail)
+    if killed:
+        rig.killed()
+    else:
+        rig.close()
+    rig.host.failures.clear()
+    shown = rig.run(go_on)
+    assert shown[BLOCK : 2 * BLOCK] == pattern(5, 100) + old[BLOCK + 100 :]
+    rig.crashed()
+    assert rig.run(read_replica) == shown
+
+
 @pytest.mark.parametrize("reopened", [False, True], ids=["same process", "next process"])
 def test_a_point_taken_after_a_failed_sync_holds_what_is_on_the_disk(reopened: bool) -> None:
     """What a failed sync lost is not in the point, though the host's cache still shows it: or the

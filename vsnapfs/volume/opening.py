@@ -250,6 +250,9 @@ def open_core(
         except FaultError as error:
             problem = error
             area_backing.close()
+    replica_error = _read_anew(replica) if saved.offline else None
+    if report is not None:
+        replica_error = report.replica_error = report.replica_error or replica_error
     if area is not None:
         size = area.superblock.replica_size
         problem = problem or _problem_of(area, report, saved)
@@ -264,8 +267,8 @@ def open_core(
         block_size=area.layout.block_size if area else saved.block_size or DEFAULT_BLOCK_SIZE,
         volume_id=volume_id,
     )
-    if report is not None and report.replica_error is not None:
-        core.replica_failed, core.replica_error = True, report.replica_error
+    if replica_error is not None:
+        core.replica_failed, core.replica_error = True, replica_error
     return Opened(
         core,
         saved,
@@ -277,6 +280,19 @@ def open_core(
         new_state=new_state,
         spoilt=spoilt,
     )
+
+
+def _read_anew(replica: Backing) -> OSError | None:
+    """A sync may have failed, and the area need not say so: it may be missing, or policy `evict`
+    has gone on without marking it as in use. Only what is on the disk counts (`reopen_replica`).
+    """
+    error = None
+    try:
+        replica.sync()
+    except OSError as problem:
+        error = problem
+    replica.forget_cache()
+    return error
 
 
 def _look_at_boot(area: DiffArea, report: Report, boot: bytes) -> None:
