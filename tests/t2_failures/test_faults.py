@@ -648,7 +648,7 @@ def test_a_failed_sync_of_the_replica_is_fault_13_and_never_retried_into_success
     scene.works()
 
 
-@pytest.mark.parametrize("opened", ["online", "close", "kill"])
+@pytest.mark.parametrize("opened", ["online", "close", "kill", "kill, nothing recorded"])
 def test_what_was_written_beside_a_failed_sync_is_not_kept_by_the_cache(opened: str) -> None:
     """W4: a page that was written once more while its first sync failed is not taken for written
     after `online` or the next opening (as ext4 would do as long as it stays in the cache).
@@ -659,6 +659,9 @@ def test_what_was_written_beside_a_failed_sync_is_not_kept_by_the_cache(opened: 
     async def use(volume: Volume) -> None:
         await write(volume, BLOCK, pattern(3, BLOCK))
         rig.host.fail("replica", "sync", errno.EIO)
+        if opened == "kill, nothing recorded":
+            rig.host.fail("state", "write", errno.EIO, times=FOREVER)
+            rig.host.fail("area", "write", errno.EIO, times=FOREVER)
         assert isinstance(await attempt(flush(volume)), OSError)
         # The loop goes on while a thread waits for the sync: a write that came in between.
         volume.core.replica.write(BLOCK, pattern(4, BLOCK))
@@ -673,6 +676,7 @@ def test_what_was_written_beside_a_failed_sync_is_not_kept_by_the_cache(opened: 
     rig.run(use)
     if opened != "online":
         rig.close() if opened == "close" else rig.killed()
+        rig.host.failures.clear()
         rig.run(go_on)
     rig.crashed()
     assert rig.run(read_replica)[BLOCK : 2 * BLOCK] == new
