@@ -102,24 +102,24 @@ def writers(files: list[File]) -> list[dict[Writer, int]]:
     for pid in _pids():
         for name, inode, mount in _open_for_writing(pid, inodes):
             for file, those in zip(files, found, strict=True):
-                if file.inode != inode or not _is_it(file, pid, name, mount) or _descends(pid):
-                    continue
-                writer = _writer(pid)
-                if writer is not None:
-                    those[writer] = those.get(writer, 0) + 1
+                if file.inode == inode and _is_it(file, pid, name, mount):
+                    _count(those, pid)
     # After the descriptors: who maps a file has it open until then.
     mapped: set[tuple[int, int]] = set()
     for pid, place, inode, where, path in _mapped_for_writing(inodes):
         for number, file in enumerate(files):
-            if (file.inode, file.file_system) != (inode, place) or _descends(pid):
+            if (file.inode, file.file_system) != (inode, place):
                 continue
             # The second takes root, and tells one from the other where a number is there twice.
             if (number, pid) not in mapped and (path in file.names or file.is_at(where)):
                 mapped.add((number, pid))
-                writer = _writer(pid)
-                if writer is not None:
-                    found[number][writer] = found[number].get(writer, 0) + 1
+                _count(found[number], pid)
     return found
+
+
+def _count(those: dict[Writer, int], pid: int) -> None:
+    if not _descends(pid) and (writer := _writer(pid)) is not None:
+        those[writer] = those.get(writer, 0) + 1
 
 
 def _is_it(file: File, pid: int, name: str, mount: str) -> bool:
