@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vsnapfs.config import load
-from vsnapfs.errors import VsnapError
-from vsnapfs.volume.shm import discard
+from vsnapfs.demo.clearing import remove_write_buffers
 
 PREFIX = "vsnapfs-bench-"
 _PIDS = "processes"
@@ -144,16 +142,9 @@ def _remove(directory: Path) -> None:
             pid, _, start = line.partition(" ")
             if start and _start_time(int(pid)) == start:
                 _kill(int(pid))
-    _remove_write_buffers(directory)
+    remove_write_buffers(directory.rglob("volume.toml"))
     # A process that is just ending may still write there.
     wait_for(lambda: _is_deleted(directory), 60)
-
-
-def _remove_write_buffers(directory: Path) -> None:
-    """What servers that were killed have left in shared memory."""
-    for config in directory.rglob("volume.toml"):
-        with suppress(VsnapError, OSError):
-            discard(bytes.fromhex(load(config.parent).volume_id))
 
 
 def _is_deleted(directory: Path) -> bool:

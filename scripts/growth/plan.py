@@ -12,17 +12,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vsnapfs.config import load
+from vsnapfs.demo.clearing import remove_write_buffers
 from vsnapfs.diffarea.layout import Layout
-from vsnapfs.errors import VsnapError
 from vsnapfs.volume.create import create_volume
-from vsnapfs.volume.shm import discard
 
 from .synthetic import forget_cache, make_volume, mark_unclean
 
@@ -233,8 +230,7 @@ class _Volume:
 
 def _remove(volume: Path) -> None:
     """The directory, and the write buffer that a probe which never closed it has left in memory."""
-    with suppress(VsnapError, OSError):
-        discard(bytes.fromhex(load(volume).volume_id))
+    remove_write_buffers([volume / "volume.toml"])
     shutil.rmtree(volume, ignore_errors=True)
 
 

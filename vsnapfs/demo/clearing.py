@@ -16,7 +16,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def remove_all(directory: Path, *, own_mounts: bool = False) -> list[Left]:
             break
     mounted, processes = _mounts_below(directory), _processes(directory)
     if not mounted:  # never through a mount
-        _remove_write_buffers(directory)
+        remove_write_buffers(directory.glob("*/volume.toml"))
         # Takes away what is mounted on them in copies of our mounts, too.
         shutil.rmtree(directory, ignore_errors=True)
     attached = _still_attached(devices)
@@ -212,11 +212,13 @@ def _end_processes(directory: Path) -> None:
             return
 
 
-def _remove_write_buffers(directory: Path) -> None:
-    """What a server that was killed has left in shared memory."""
+def remove_write_buffers(configs: Iterable[Path]) -> None:
+    """What servers that were killed have left in shared memory, of the volumes with these files
+    (volume.toml). One that cannot be read is passed over.
+    """
     # Not at the top: it brings numpy with its threads, and `own_namespace` must come before those.
     from vsnapfs.volume.shm import discard  # noqa: PLC0415
 
-    for config in directory.glob("*/volume.toml"):
+    for config in configs:
         with contextlib.suppress(VsnapError, OSError):
             discard(bytes.fromhex(load(config.parent).volume_id))
