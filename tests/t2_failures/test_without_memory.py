@@ -544,18 +544,23 @@ def test_a_cut_that_ends_anyhow_gives_out_no_slot_beyond_the_end() -> None:
     rig.run(look)
 
 
+async def preserved_high_up(volume: Volume) -> None:
+    """One more point, whose copies a shrink must move, and may: the slots below them are free."""
+    area = volume.core.need_area()
+    low = area.slots.reserve(area.slots.free)
+    assert low is not None
+    await volume.room.grow_to_hold(14)
+    await volume.create_point()
+    await write(volume, 0, OLD)
+    area.slots.release(low)
+
+
 def test_a_move_that_ends_anyhow_frees_no_copy() -> None:
     """Copies were moved down and memory runs out before the index knows: both places stay taken."""
     rig = made()
 
     async def go(volume: Volume) -> None:
-        area = volume.core.need_area()
-        low = area.slots.reserve(area.slots.free)
-        assert low is not None
-        await volume.room.grow_to_hold(14)
-        await volume.create_point()
-        await write(volume, 0, OLD)
-        area.slots.release(low)
+        await preserved_high_up(volume)
         with (
             mock.patch.object(Index, "move", side_effect=MemoryError),
             pytest.raises((VsnapError, MemoryError)),
@@ -604,14 +609,8 @@ def test_a_shrink_frees_what_a_deletion_without_memory_left_taken() -> None:
     rig = made()
 
     async def go(volume: Volume) -> None:
-        area = volume.core.need_area()
-        low = area.slots.reserve(area.slots.free)
-        assert low is not None
-        await volume.room.grow_to_hold(14)
-        await volume.create_point()
-        await write(volume, 0, OLD)
+        await preserved_high_up(volume)
         await flush(volume)
-        area.slots.release(low)
         with mock.patch.object(SlotMap, "keep_only", side_effect=MemoryError):
             await volume.delete_point(2)
         await volume.resize(SMALLEST)
